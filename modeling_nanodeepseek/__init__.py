@@ -1,0 +1,34 @@
+"""DeepSeek's architecture, whole and trainable, inside the Hugging Face ecosystem.
+
+Importing this package registers the model with transformers' Auto classes.
+"""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from .balancing import ExpertLoad, LoadBalancingCallback, update_expert_bias
+from .cache import LatentCache
+from .configuration_nanodeepseek import NanoDeepSeekConfig
+from .modeling_nanodeepseek import (
+    NanoDeepSeekCausalLMOutput,
+    NanoDeepSeekForCausalLM,
+    NanoDeepSeekModel,
+    NanoDeepSeekPreTrainedModel,
+)
+
+__version__ = "0.1.0"
+
+AutoConfig.register(NanoDeepSeekConfig.model_type, NanoDeepSeekConfig, exist_ok=True)
+AutoModel.register(NanoDeepSeekConfig, NanoDeepSeekModel, exist_ok=True)
+AutoModelForCausalLM.register(NanoDeepSeekConfig, NanoDeepSeekForCausalLM, exist_ok=True)
+
+__all__ = [
+    "ExpertLoad",
+    "LatentCache",
+    "LoadBalancingCallback",
+    "NanoDeepSeekCausalLMOutput",
+    "NanoDeepSeekConfig",
+    "NanoDeepSeekForCausalLM",
+    "NanoDeepSeekModel",
+    "NanoDeepSeekPreTrainedModel",
+    "update_expert_bias",
+]

@@ -1,0 +1,231 @@
+"""Multi-head latent attention in its two equal forms, and the grouped-query baseline.
+
+Letters of the shape suffixes: B batch, T query tokens, S keys (cached ones included), H heads, n = qk_nope_head_dim,
+r = qk_rope_head_dim, v = v_head_dim, c = kv_lora_rank, l = c + r (what the cache holds), d hidden.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers.cache_utils import Cache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .configuration_nanodeepseek import NanoDeepSeekConfig
+from .layers import RMSNorm
+from .rotary import rotate, softmax_scale
+
+
+def eager_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """softmax(scaling * q k^T + mask) v, with the weights returned: the reference for every other backend.
+
+    Shapes: query [B, H, T, D], key [B, Hkv, S, D], value [B, Hkv, S, Dv], mask [B, 1, T, S] additive or None ->
+    [B, T, H, Dv] and weights [B, H, T, S]. The softmax is in fp32 (fp64 for fp64 inputs).
+    """
+    if query.shape[1] != key.shape[1]:
+        key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+        value = value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
+    scores = (query @ key.mT) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
+    weights = F.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2), weights
+
+
+def prefers_expanded(T: int, S: int, n: int, v: int, c: int) -> bool:
+    """The one place that chooses between the two forms of MLA, by multiply-adds.
+
+    Per head, with T queries on S keys whose latents are expanded anew at each call: expanded S c (n+v) + T S (n+r+v),
+    absorbed T c (n+v) + T S (2c+r). Expanded is cheaper iff (1/T - 1/S) < (2c-n-v) / (c (n+v)). Training and prefill
+    (T = S) are expanded; for V3's dims decoding is absorbed below about 170 queries at a time.
+    """
+    return (1 / T - 1 / S) * c * (n + v) < 2 * c - n - v
+
+
+class MultiHeadLatentAttention(nn.Module):
+    r"""MLA (V2 report section 2.1 and appendix C; V3 report section 2.1.1).
+
+    For token t, head i, with cQ = RMSNorm(W_q_a h) and cKV = RMSNorm(latent part of W_kv_a h):
+      [qC_i ; qR_i] = W_q_b cQ        kR = RoPE(rope part of W_kv_a h), one for all heads        qR_i <- RoPE(qR_i)
+      [kC_i ; v_i] = W_kv_b cKV       logit_ts = scale * (qC_ti . kC_si + qR_ti . kR_s), causal softmax over s
+      output = W_o concat_i sum_s a_tsi v_si
+    Expanded, kC and v are formed. Absorbed, W_kv_b's key rows are folded into the query and its value rows into the
+    output, so that all heads attend to the cached vector [cKV ; kR] itself: attention with one key/value head of dim
+    l, whose value is the first c dims of the key. Both forms use the same scale, (n+r)^-0.5 * g^2.
+
+    Parameter names and row layouts are DeepSeek's: q_b_proj per head [n ; r], kv_b_proj per head [n ; v],
+    kv_a_proj_with_mqa [c ; r].
+
+    Shapes: hidden_states [B, T, d] -> ([B, T, d], attention weights [B, H, T, S] if the backend gives them).
+    """
+
+    # Read by transformers' attention backends: causal if no mask is given, one key head per query head.
+    is_causal = True
+    num_key_value_groups = 1
+
+    def __init__(self, config: NanoDeepSeekConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.n, self.r, self.v = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
+        self.c = config.kv_lora_rank
+        self.scaling = softmax_scale(config, config.qk_head_dim)
+        self.attention_dropout = config.attention_dropout
+        hidden, heads, bias = config.hidden_size, config.num_attention_heads, config.attention_bias
+
+        if config.q_lora_rank is None:
+            self.q_proj = nn.Linear(hidden, heads * config.qk_head_dim, bias=False)
+        else:
+            self.q_a_proj = nn.Linear(hidden, config.q_lora_rank, bias=bias)
+            self.q_a_layernorm = RMSNorm(config.q_lora_rank, learned=config.rms_norm_weight)
+            self.q_b_proj = nn.Linear(config.q_lora_rank, heads * config.qk_head_dim, bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(hidden, self.c + self.r, bias=bias)
+        self.kv_a_layernorm = RMSNorm(self.c, learned=config.rms_norm_weight)
+        self.kv_b_proj = nn.Linear(self.c, heads * (self.n + self.v), bias=False)
+        self.o_proj = nn.Linear(heads * self.v, hidden, bias=bias)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        B, T, _ = hidden_states.shape
+        q_nope_BHTn, q_rope_BHTr = self.query(hidden_states, *position_embeddings)
+        latent_B1Sl = self.latent(hidden_states, *position_embeddings)
+        if past_key_values is not None:
+            # The latent is the whole state: it is cached as the keys, with values of width 0.
+            latent_B1Sl, _ = past_key_values.update(latent_B1Sl, latent_B1Sl[..., :0], self.layer_idx)
+
+        form = self.config.attention_form
+        if form == "auto":
+            form = "expanded" if prefers_expanded(T, latent_B1Sl.shape[2], self.n, self.v, self.c) else "absorbed"
+        attend = self.attend_expanded if form == "expanded" else self.attend_absorbed
+        output_BTHv, weights_BHTS = attend(q_nope_BHTn, q_rope_BHTr, latent_B1Sl, attention_mask, **kwargs)
+        return self.o_proj(output_BTHv.reshape(B, T, -1)), weights_BHTS
+
+    def query(self, hidden_states, cos, sin) -> tuple[torch.Tensor, torch.Tensor]:
+        """[B, T, d] -> the part without position [B, H, T, n] and the rotated part [B, H, T, r]."""
+        if self.config.q_lora_rank is None:
+            q_BTx = self.q_proj(hidden_states)
+        else:
+            q_BTx = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)))
+        q_BHTx = q_BTx.unflatten(-1, (-1, self.n + self.r)).transpose(1, 2)
+        q_nope_BHTn, q_rope_BHTr = q_BHTx.split([self.n, self.r], dim=-1)
+        return q_nope_BHTn, rotate(q_rope_BHTr, cos, sin, self.config.rope_interleave)
+
+    def latent(self, hidden_states, cos, sin) -> torch.Tensor:
+        """[B, T, d] -> what the cache holds, [cKV ; kR], as one head: [B, 1, T, l]."""
+        kv_BTc, k_rope_BTr = self.kv_a_proj_with_mqa(hidden_states).split([self.c, self.r], dim=-1)
+        k_rope_B1Tr = rotate(k_rope_BTr[:, None], cos, sin, self.config.rope_interleave)
+        return torch.cat((self.kv_a_layernorm(kv_BTc)[:, None], k_rope_B1Tr), dim=-1)
+
+    def attend_expanded(self, q_nope_BHTn, q_rope_BHTr, latent_B1Sl, attention_mask, **kwargs):
+        """Attention on per-head keys [kC ; kR] and values, expanded from the latents."""
+        kv_B1Sc, k_rope_B1Sr = latent_B1Sl.split([self.c, self.r], dim=-1)
+        kv_BHSx = self.kv_b_proj(kv_B1Sc[:, 0]).unflatten(-1, (-1, self.n + self.v)).transpose(1, 2)
+        k_nope_BHSn, value_BHSv = kv_BHSx.split([self.n, self.v], dim=-1)
+        query = torch.cat((q_nope_BHTn, q_rope_BHTr), dim=-1)
+        key = torch.cat((k_nope_BHSn, k_rope_B1Sr.expand(-1, k_nope_BHSn.shape[1], -1, -1)), dim=-1)
+        return self.attend(query, key, value_BHSv, attention_mask, **kwargs)
+
+    def attend_absorbed(self, q_nope_BHTn, q_rope_BHTr, latent_B1Sl, attention_mask, **kwargs):
+        """Attention on the latents. The heads of a token become rows of one head, so no key is copied per head."""
+        B, H, T, _ = q_nope_BHTn.shape
+        S = latent_B1Sl.shape[2]
+        w_Hxc = self.kv_b_weight(latent_B1Sl).unflatten(0, (H, self.n + self.v))
+        query_BHTl = torch.cat((q_nope_BHTn @ w_Hxc[:, : self.n], q_rope_BHTr), dim=-1)
+        if attention_mask is None and T > 1:  # left out by transformers only when T == S: plain causal
+            attention_mask = torch.ones(T, S, dtype=torch.bool, device=query_BHTl.device).tril(S - T)[None, None]
+        if attention_mask is not None and (T > 1 or attention_mask.shape[1] > 1):
+            attention_mask = attention_mask.expand(-1, H, -1, -1).reshape(-1, 1, H * T, attention_mask.shape[-1])
+        # The value is the key: its first c columns are what we want, the last r columns are dropped afterwards.
+        output_BxHl, weights_B1xS = self.attend(
+            query_BHTl.reshape(B, 1, H * T, -1), latent_B1Sl, latent_B1Sl, attention_mask, is_causal=False, **kwargs
+        )
+        output_BHTc = output_BxHl.reshape(B, H, T, -1)[..., : self.c]
+        output_BHTv = output_BHTc @ w_Hxc[:, self.n :].mT
+        weights_BHTS = None if weights_B1xS is None else weights_B1xS.reshape(B, H, T, S)
+        return output_BHTv.transpose(1, 2), weights_BHTS
+
+    def attend(self, query, key, value, attention_mask, **kwargs):
+        """The backend named by `config._attn_implementation`; scale and dropout of this layer."""
+        backend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        dropout = self.attention_dropout if self.training else 0.0
+        return backend(self, query, key, value, attention_mask, scaling=self.scaling, dropout=dropout, **kwargs)
+
+    def kv_b_weight(self, like: torch.Tensor) -> torch.Tensor:
+        """W_kv_b [H (n+v), c] as it acts, also where an adapter (LoRA) or a quantised layer replaces the Linear."""
+        if type(self.kv_b_proj) is nn.Linear:
+            return self.kv_b_proj.weight
+        return self.kv_b_proj(torch.eye(self.c, dtype=like.dtype, device=like.device)).mT
+
+
+class GroupedQueryAttention(nn.Module):
+    r"""Grouped-query attention (arXiv:2305.13245), the baseline MLA is measured against; QK-norm is optional.
+
+    Each of the Hkv = num_key_value_heads keys and values serves H / Hkv query heads; scale head_dim^-0.5 (times g^2
+    under YaRN). The cache holds 2 * Hkv * head_dim numbers per token.
+
+    Shapes: hidden_states [B, T, d] -> ([B, T, d], weights [B, H, T, S] if the backend gives them).
+    """
+
+    is_causal = True
+
+    def __init__(self, config: NanoDeepSeekConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = softmax_scale(config, config.head_dim)
+        self.attention_dropout = config.attention_dropout
+        hidden, bias = config.hidden_size, config.attention_bias
+        self.q_proj = nn.Linear(hidden, config.num_attention_heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(hidden, config.num_key_value_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(hidden, config.num_key_value_heads * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, hidden, bias=bias)
+        norm = (lambda: RMSNorm(self.head_dim, learned=config.rms_norm_weight)) if config.qk_norm else nn.Identity
+        self.q_norm, self.k_norm = norm(), norm()
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        B, T, _ = hidden_states.shape
+        cos, sin = position_embeddings
+
+        def heads(projection: nn.Linear) -> torch.Tensor:
+            return projection(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+        query = rotate(self.q_norm(heads(self.q_proj)), cos, sin, interleaved=False)
+        key = rotate(self.k_norm(heads(self.k_proj)), cos, sin, interleaved=False)
+        value = heads(self.v_proj)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        backend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        dropout = self.attention_dropout if self.training else 0.0
+        output, weights = backend(
+            self, query, key, value, attention_mask, scaling=self.scaling, dropout=dropout, **kwargs
+        )
+        return self.o_proj(output.reshape(B, T, -1)), weights
+
+
+ATTENTION_TYPES = {"mla": MultiHeadLatentAttention, "gqa": GroupedQueryAttention}

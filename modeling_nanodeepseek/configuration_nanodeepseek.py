@@ -1,0 +1,289 @@
+"""NanoDeepSeekConfig: every dimension and toggle of the model, under DeepSeek's official names.
+
+The defaults are DeepSeek-V3's own (report arXiv:2412.19437, section 4.2). A `config.json` published for DeepSeek-V2,
+V2-Lite, V3 or V3.1 loads as it is, in the layout of transformers 4 (`rope_theta`, `rope_scaling`) and 5
+(`rope_parameters`). Contradictory values are refused when the config is built, with one message that names the field,
+its value and what is allowed.
+"""
+
+import difflib
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import GenerationConfig, PreTrainedConfig
+
+# What a family's config.json leaves out because the family's own class supplies it.
+FAMILY_DEFAULTS = {
+    "deepseek_v2": {"scoring_func": "softmax", "topk_method": "greedy", "norm_topk_prob": False, "aux_loss_alpha": 0.001},
+    "deepseek_v3": {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "norm_topk_prob": True},
+}
+
+# Keys that published config files and transformers carry beside the fields of a config class.
+KNOWN_EXTRA_KEYS = {
+    "auto_map", "model_type", "quantization_config", "torch_dtype", "num_labels", "name_or_path",
+    "rope_scaling", "rope_theta", "output_attentions", "attn_implementation", "experts_implementation",
+    "per_layer_config", "is_causal", "tie_last_hidden_states", "transformers_weights",
+    "trust_remote_code", "loss_type", "mlp_bias", "qk_head_dim",
+}  # fmt: skip
+
+
+def _names(values) -> str:
+    return ", ".join(repr(value) for value in values)
+
+
+@strict
+class NanoDeepSeekConfig(PreTrainedConfig):
+    r"""Configuration of a DeepSeek-style decoder.
+
+    Sizes
+        vocab_size: rows of the embedding and of the output head.
+        hidden_size: width d of the residual stream; with experts a multiple of 8 (grouped GEMM strides).
+        intermediate_size: width of the dense feed-forward layers.
+        num_hidden_layers: number of decoder layers L.
+        max_position_embeddings: longest sequence, in tokens, that positions are meant for.
+
+    Attention
+        attention_type: `"mla"` (multi-head latent attention, V2 report section 2.1) or `"gqa"` (grouped-query
+            baseline).
+        num_attention_heads, num_key_value_heads: query heads H, and key/value heads of the `gqa` baseline. MLA has no
+            groups; the second is then H (or absent).
+        q_lora_rank: rank of the query latent; `None` projects queries directly (V2-Lite).
+        kv_lora_rank: rank dc of the key/value latent, the part of the cache that has no position.
+        qk_nope_head_dim, qk_rope_head_dim, v_head_dim: per-head dims dn, dr and dv.
+        head_dim: head size of the `gqa` baseline (default hidden_size / heads). For MLA it is qk_rope_head_dim, the
+            part that is rotated.
+        qk_norm: RMSNorm on the heads of q and k; `gqa` only. MLA normalises its latents instead.
+        attention_bias, attention_dropout: biases of the down and output projections; dropout on the attention weights.
+        attention_form: `"auto"` chooses expanded or absorbed from the lengths (`attention.py`); `"expanded"` and
+            `"absorbed"` force one. The two are equal in real arithmetic.
+        rope_parameters: dict with `rope_type` (`default`, `linear`, `yarn`), `rope_theta` and that type's parameters.
+        rope_interleave: rotate the pairs (x0,x1),(x2,x3).. (DeepSeek) instead of the two halves of the vector.
+
+    Feed-forward
+        n_routed_experts: routed experts E per MoE layer; `None` builds a dense model.
+        n_shared_experts: experts every token passes, fused into one MLP; `None` or 0 for none.
+        num_experts_per_tok: routed experts K per token.
+        moe_intermediate_size: width m of one expert; a multiple of 8.
+        first_k_dense_replace, moe_layer_freq: layer i is MoE iff i >= first_k_dense_replace and i % moe_layer_freq == 0.
+        scoring_func: `"sigmoid"` (V3) or `"softmax"` (V2).
+        topk_method: `"noaux_tc"` (biased choice, groups scored by their two best experts), `"group_limited_greedy"`
+            (groups scored by their best expert) or `"greedy"` (no groups).
+        n_group, topk_group: groups of consecutive experts, and how many of them a token may use.
+        norm_topk_prob, routed_scaling_factor: whether the K weights are divided by their sum, and their common factor.
+        router_noise: standard deviation of Gaussian noise on the scores that choose experts, in training; 0 is off.
+        adaptive_expert_threshold: drop chosen experts scoring below this fraction of the token's best one; 0 is off.
+        aux_loss_alpha, seq_aux: weight of the sequence-wise balance loss (V3 report eq. 17; 1e-4 there) and its only
+            supported scope, the sequence.
+        hidden_act: `"silu"` or `"relu2"`.
+        gated_mlp: down(act(gate x) * up x) if true, down(act(up x)) if false.
+
+    Norms, embeddings, training
+        rms_norm_eps, rms_norm_weight: epsilon of every RMSNorm of width d, and whether RMSNorms have a learned weight.
+        tie_word_embeddings: share the embedding with the output head.
+        initializer_range: standard deviation of the initial weights (0.006 in the reports).
+        num_nextn_predict_layers: multi-token prediction depth written in official files. It is kept, but this version
+            builds no such module; the tensors of those layers are skipped when a checkpoint is read.
+        ep_size, pretraining_tp: carried by official files; they change nothing.
+
+    Raises:
+        StrictDataclassError: a field has a wrong type, an unknown name, or contradicts another.
+    """
+
+    model_type = "nanodeepseek"
+    keys_to_ignore_at_inference = ["past_key_values", "router_logits", "ce_loss", "balance_loss"]
+    attribute_map = {
+        "num_local_experts": "n_routed_experts",
+        "num_experts": "n_routed_experts",
+        "num_mtp_layers": "num_nextn_predict_layers",
+        "decoder_sparse_step": "moe_layer_freq",
+    }
+
+    vocab_size: int = 129280
+    hidden_size: int = 7168
+    intermediate_size: int = 18432
+    num_hidden_layers: int = 61
+    max_position_embeddings: int = 4096
+
+    attention_type: str = "mla"
+    num_attention_heads: int = 128
+    num_key_value_heads: int | None = None
+    q_lora_rank: int | None = 1536
+    kv_lora_rank: int = 512
+    qk_nope_head_dim: int = 128
+    qk_rope_head_dim: int = 64
+    v_head_dim: int = 128
+    head_dim: int | None = None
+    qk_norm: bool = False
+    attention_bias: bool = False
+    attention_dropout: float | int = 0.0
+    attention_form: str = "auto"
+    rope_parameters: dict | None = None
+    rope_interleave: bool = True
+
+    n_routed_experts: int | None = 256
+    n_shared_experts: int | None = 1
+    num_experts_per_tok: int | None = 8
+    moe_intermediate_size: int = 2048
+    first_k_dense_replace: int = 3
+    moe_layer_freq: int = 1
+    scoring_func: str = "sigmoid"
+    topk_method: str = "noaux_tc"
+    n_group: int | None = 8
+    topk_group: int | None = 4
+    norm_topk_prob: bool = True
+    routed_scaling_factor: float | int = 2.5
+    router_noise: float | int = 0.0
+    adaptive_expert_threshold: float | int = 0.0
+    aux_loss_alpha: float | int = 1e-4
+    seq_aux: bool = True
+    output_router_logits: bool = False
+    hidden_act: str = "silu"
+    gated_mlp: bool = True
+
+    rms_norm_eps: float = 1e-6
+    rms_norm_weight: bool = True
+    tie_word_embeddings: bool = False
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    num_nextn_predict_layers: int = 0
+    ep_size: int = 1
+    pretraining_tp: int = 1
+    pad_token_id: int | None = None
+    bos_token_id: int | None = 0
+    eos_token_id: int | list[int] | None = 1
+
+    def __post_init__(self, **kwargs: Any):
+        self._refuse_unknown(kwargs)
+        # Derived from other fields; written by transformers into v5-style files, so accepted and recomputed.
+        kwargs.pop("qk_head_dim", None)
+        if kwargs.pop("mlp_bias", False):
+            raise ValueError("mlp_bias=True is not supported: DeepSeek's feed-forward layers have no bias; use False.")
+        if self.rope_parameters is not None:
+            self.rope_parameters = dict(self.rope_parameters)
+        if kwargs.get("rope_scaling") is not None:
+            scaling = dict(kwargs["rope_scaling"])
+            scaling.setdefault("rope_type", scaling.pop("type", "default"))
+            kwargs["rope_scaling"] = scaling
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.attention_type == "mla":
+            self.head_dim = self.qk_rope_head_dim
+        elif self.head_dim is None and self.num_attention_heads > 0:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        self.n_routed_experts = self.n_routed_experts or None
+        self.n_shared_experts = self.n_shared_experts or 0
+        self.n_group = self.n_group or 1
+        self.topk_group = self.topk_group or 1
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        return cls._adopt_family(config_dict), kwargs
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        return super().from_dict(cls._adopt_family(config_dict), **kwargs)
+
+    @classmethod
+    def _adopt_family(cls, config_dict: dict[str, Any]) -> dict[str, Any]:
+        """Reads a `deepseek_v2` or `deepseek_v3` file as ours, under the defaults that its own class would supply."""
+        family = config_dict.get("model_type")
+        if family not in FAMILY_DEFAULTS:
+            return config_dict
+        # The class and the code named there belong to another implementation; ours must not point at them.
+        kept = {key: value for key, value in config_dict.items() if key not in ("architectures", "auto_map")}
+        return FAMILY_DEFAULTS[family] | kept | {"model_type": cls.model_type}
+
+    def _refuse_unknown(self, kwargs: dict[str, Any]):
+        known = KNOWN_EXTRA_KEYS | set(GenerationConfig._get_default_generation_params()) | set(self.attribute_map)
+        for key in kwargs:
+            if key.startswith("_") or key in known or hasattr(type(self), key):
+                continue
+            close = difflib.get_close_matches(key, [*self.__dataclass_fields__, *known], n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"NanoDeepSeekConfig has no field {key!r} (given {kwargs[key]!r}){hint}")
+
+    # -- derived -------------------------------------------------------------------------------------------------
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Width of one query or key head in MLA: dn + dr."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    def is_moe_layer(self, layer_idx: int) -> bool:
+        """Whether decoder layer `layer_idx` holds routed experts."""
+        if self.n_routed_experts is None:
+            return False
+        return layer_idx >= self.first_k_dense_replace and layer_idx % self.moe_layer_freq == 0
+
+    # -- validation: `@strict` calls every `validate_*` when a config is built and when it is saved -----------------
+
+    def _require(self, ok: bool, field: str, allowed: str):
+        if not ok:
+            raise ValueError(f"{field}={getattr(self, field)!r} is not possible: {allowed}.")
+
+    def _require_one_of(self, field: str, allowed: tuple):
+        self._require(getattr(self, field) in allowed, field, f"allowed are {_names(allowed)}")
+
+    def validate_sizes(self):
+        positive = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "max_position_embeddings"]
+        for field in [*positive, "num_attention_heads", "num_key_value_heads", "moe_layer_freq"]:
+            self._require(getattr(self, field) >= 1, field, "it must be at least 1")
+        for field in ["first_k_dense_replace", "num_nextn_predict_layers", "router_noise", "aux_loss_alpha"]:
+            self._require(getattr(self, field) >= 0, field, "it must be at least 0")
+        for field in ["pad_token_id", "bos_token_id", "eos_token_id"]:
+            value = getattr(self, field)
+            ids = value if isinstance(value, list) else [] if value is None else [value]
+            allowed = f"token ids lie in 0..vocab_size-1 = 0..{self.vocab_size - 1}"
+            self._require(all(0 <= i < self.vocab_size for i in ids), field, allowed)
+        self._require_one_of("hidden_act", ("silu", "relu2"))
+        self._require(self.rms_norm_eps > 0, "rms_norm_eps", "it must be above 0")
+        self._require(self.initializer_range > 0, "initializer_range", "it must be above 0")
+
+    def validate_attention(self):
+        self._require_one_of("attention_type", ("mla", "gqa"))
+        self._require_one_of("attention_form", ("auto", "expanded", "absorbed"))
+        self._require(0 <= self.attention_dropout < 1, "attention_dropout", "it must lie in [0, 1)")
+        rope_type = self.rope_parameters["rope_type"]
+        if rope_type not in ("default", "linear", "yarn"):
+            raise ValueError(f"rope_type={rope_type!r} is not possible: allowed are 'default', 'linear', 'yarn'.")
+        self._require(self.head_dim >= 2 and self.head_dim % 2 == 0, "head_dim", "rotation needs an even number")
+        if self.attention_type == "mla":
+            for field in ["kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"]:
+                self._require(getattr(self, field) >= 1, field, "it must be at least 1")
+            self._require(self.q_lora_rank is None or self.q_lora_rank >= 1, "q_lora_rank", "None or at least 1")
+            self._require(not self.qk_norm, "qk_norm", "MLA normalises its latents; qk_norm needs attention_type='gqa'")
+            same = self.num_key_value_heads == self.num_attention_heads
+            self._require(same, "num_key_value_heads", f"MLA has one per head, {self.num_attention_heads}, or None")
+        else:
+            divides = self.num_attention_heads % self.num_key_value_heads == 0
+            self._require(divides, "num_key_value_heads", f"it must divide num_attention_heads={self.num_attention_heads}")
+
+    def validate_experts(self):
+        self._require_one_of("scoring_func", ("sigmoid", "softmax"))
+        self._require_one_of("topk_method", ("noaux_tc", "group_limited_greedy", "greedy"))
+        self._require(self.seq_aux, "seq_aux", "the balance loss is sequence-wise; only True is supported")
+        threshold = self.adaptive_expert_threshold
+        self._require(0 <= threshold < 1, "adaptive_expert_threshold", "it must lie in [0, 1); 0 turns it off")
+        if self.n_routed_experts is None:
+            return
+        experts, groups, chosen = self.n_routed_experts, self.n_group, self.num_experts_per_tok
+        for field in ["hidden_size", "moe_intermediate_size"]:
+            value = getattr(self, field)
+            self._require(value >= 8 and value % 8 == 0, field, "grouped expert GEMMs need a multiple of 8")
+        self._require(experts >= 2, "n_routed_experts", "at least 2, or None for a dense model")
+        if self.topk_method != "greedy":
+            self._require(experts % groups == 0, "n_group", f"it must divide n_routed_experts={experts}")
+            self._require(1 <= self.topk_group <= groups, "topk_group", f"it must lie in 1..n_group={groups}")
+            scored_by_two = self.topk_method == "noaux_tc" and groups > 1
+            pairs = not scored_by_two or experts // groups >= 2
+            self._require(pairs, "n_group", "groups are scored by their two best experts and need at least 2 each")
+        reachable = experts if self.topk_method == "greedy" else experts // groups * self.topk_group
+        within = chosen is not None and 1 <= chosen <= reachable
+        self._require(within, "num_experts_per_tok", f"it must lie in 1..{reachable}, the experts a token can reach")
+        trainable = not (chosen == 1 and self.norm_topk_prob)
+        self._require(trainable, "num_experts_per_tok", "one normalised weight is always 1, so the router cannot learn")
+
+
+__all__ = ["NanoDeepSeekConfig"]

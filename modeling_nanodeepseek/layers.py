@@ -1,0 +1,67 @@
+"""The small parts every layer is made of: RMSNorm and the dense feed-forward layer."""
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+
+from .configuration_nanodeepseek import NanoDeepSeekConfig
+
+
+class RMSNorm(nn.Module):
+    r"""Root mean square normalisation (arXiv:1910.07467, eq. 4).
+
+    y = weight * x / sqrt(mean(x^2) + eps), the mean over the last dim. Statistics are taken in fp32; the result is
+    cast back before the weight is applied, as transformers does.
+
+    Args:
+        dim: width of the last dim.
+        eps: added to the mean square.
+        learned: with `False` there is no weight (y = x / rms(x)).
+
+    Shapes: x [..., dim] -> [..., dim], same dtype.
+    """
+
+    def __init__(self, dim: int, eps: float = 1e-6, learned: bool = True):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim)) if learned else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x32 = x.float()
+        normed = (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        return normed if self.weight is None else self.weight * normed
+
+    def extra_repr(self) -> str:
+        return f"eps={self.eps}, learned={self.weight is not None}"
+
+
+class GatedMLP(nn.Module):
+    """down(act(gate(x)) * up(x)), no biases; SwiGLU (arXiv:2002.05202, eq. 6) when act is silu. [..., d] -> [..., d]"""
+
+    def __init__(self, config: NanoDeepSeekConfig, intermediate_size: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=False)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class PlainMLP(nn.Module):
+    """down(act(up(x))), no biases; with relu2 the feed-forward layer of Primer (arXiv:2109.08668). [..., d] -> [..., d]"""
+
+    def __init__(self, config: NanoDeepSeekConfig, intermediate_size: int):
+        super().__init__()
+        self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=False)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.up_proj(x)))
+
+
+def build_mlp(config: NanoDeepSeekConfig, intermediate_size: int) -> nn.Module:
+    """The dense feed-forward layer that `config.gated_mlp` asks for."""
+    return (GatedMLP if config.gated_mlp else PlainMLP)(config, intermediate_size)

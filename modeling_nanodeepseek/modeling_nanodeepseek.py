@@ -1,0 +1,326 @@
+"""NanoDeepSeekModel and NanoDeepSeekForCausalLM: the decoder, its outputs and its loss.
+
+A forward: input_ids -> embedding -> L times [norm -> attention -> + ; norm -> MLP or MoE -> +] -> norm -> lm_head.
+Which modules a layer is made of is decided when it is built, from the config.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import MoeModelOutputWithPast
+from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .attention import ATTENTION_TYPES, GroupedQueryAttention, MultiHeadLatentAttention
+from .cache import LatentCache
+from .checkpoints import register_conversions
+from .configuration_nanodeepseek import NanoDeepSeekConfig
+from .layers import RMSNorm, build_mlp
+from .moe import DeepseekMoE, GatedExperts, PlainExperts, TopkRouter, sequence_balance_loss
+from .rotary import RotaryEmbedding
+
+
+@dataclass
+class NanoDeepSeekCausalLMOutput(ModelOutput):
+    """What `NanoDeepSeekForCausalLM` returns.
+
+    Attributes:
+        loss: in training ce_loss + aux_loss_alpha * balance_loss; in evaluation ce_loss. Given labels only.
+        ce_loss: next-token cross-entropy in nats, the mean over targets (or their sum / num_items_in_batch).
+        balance_loss: the sequence-wise balance loss before its factor; in training with labels and experts only.
+        logits: [B, T, vocab_size].
+        past_key_values, hidden_states, attentions, router_logits: as in transformers.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    router_logits: tuple[torch.Tensor, ...] | None = None
+    ce_loss: torch.Tensor | None = None
+    balance_loss: torch.Tensor | None = None
+
+
+class NanoDeepSeekDecoderLayer(GradientCheckpointingLayer):
+    """x += Attention(norm x); x += FeedForward(norm x). Shapes: [B, T, d] -> [B, T, d]."""
+
+    def __init__(self, config: NanoDeepSeekConfig, layer_idx: int):
+        super().__init__()
+        self.self_attn = ATTENTION_TYPES[config.attention_type](config, layer_idx)
+        moe = config.is_moe_layer(layer_idx)
+        self.mlp = DeepseekMoE(config) if moe else build_mlp(config, config.intermediate_size)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.rms_norm_weight)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.rms_norm_weight)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        attended, _ = self.self_attn(
+            self.input_layernorm(hidden_states),
+            position_embeddings=position_embeddings,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+        hidden_states = hidden_states + attended
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class NanoDeepSeekPreTrainedModel(PreTrainedModel):
+    """What transformers needs to know to load, save, shard, checkpoint and observe the model."""
+
+    config: NanoDeepSeekConfig
+    config_class = NanoDeepSeekConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["NanoDeepSeekDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _keep_in_fp32_modules_strict = ["e_score_correction_bias"]
+    _can_record_outputs = {
+        "hidden_states": NanoDeepSeekDecoderLayer,
+        "attentions": [
+            OutputRecorder(MultiHeadLatentAttention, index=1),
+            OutputRecorder(GroupedQueryAttention, index=1),
+        ],
+        "router_logits": OutputRecorder(TopkRouter, index=0),
+    }
+
+    # transformers finds these two out by searching this file's text; attention and experts live in files of their own.
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return True
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, TopkRouter):
+            init.normal_(module.weight, mean=0.0, std=std)
+            if module.e_score_correction_bias is not None:
+                init.zeros_(module.e_score_correction_bias)
+        elif isinstance(module, (GatedExperts, PlainExperts)):
+            for stacked in module.stacked_names:
+                init.normal_(getattr(module, stacked), mean=0.0, std=std)
+
+
+class NanoDeepSeekModel(NanoDeepSeekPreTrainedModel):
+    """The decoder without its head."""
+
+    def __init__(self, config: NanoDeepSeekConfig):
+        super().__init__(config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList(NanoDeepSeekDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.rms_norm_weight)
+        self.rotary_emb = RotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def new_cache(self) -> Cache:
+        """An empty cache of the kind this model writes: latents for MLA, keys and values for GQA."""
+        return LatentCache(self.config) if self.config.attention_type == "mla" else DynamicCache(config=self.config)
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MoeModelOutputWithPast:
+        r"""
+        Args:
+            input_ids: [B, T], or else `inputs_embeds` [B, T, d].
+            attention_mask: [B, S] of 0 (padding) and 1, S counting cached tokens too; or a prepared 4-D mask.
+            position_ids: [B, T]. Without a mask and a cache, documents packed into a row are told apart by positions
+                that do not increase by one; they neither see each other nor need a mask.
+            past_key_values: a cache to read and extend.
+            use_cache: return a cache; ignored in training unless one is passed.
+
+        Raises: ValueError for both or neither of ids and embeddings, or for an id outside the vocabulary (on a CPU;
+            an accelerator would have to wait for the answer).
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give either input_ids or inputs_embeds, not both and not neither.")
+        if inputs_embeds is None:
+            self._check_token_ids(input_ids)
+            inputs_embeds = self.embed_tokens(input_ids)
+        if position_ids is None:
+            past = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past)[None]
+        # Before a cache is made: transformers looks for packed documents only where there is none.
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        if use_cache and past_key_values is None and not self.training:
+            past_key_values = self.new_cache()
+
+        position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
+        hidden_states = inputs_embeds
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states,
+                attention_mask=mask,
+                position_embeddings=position_embeddings,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+        if self.training:
+            self._count_expert_load(attention_mask)
+        return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+    def _check_token_ids(self, input_ids: torch.LongTensor):
+        if input_ids.device.type != "cpu" or torch.compiler.is_compiling() or input_ids.numel() == 0:
+            return
+        low, high = (int(edge) for edge in input_ids.aminmax())
+        if low < 0 or high >= self.vocab_size:
+            wrong = low if low < 0 else high
+            raise ValueError(f"Token id {wrong} is outside the vocabulary: ids lie in 0..{self.vocab_size - 1}.")
+
+    def _count_expert_load(self, attention_mask: torch.Tensor | None):
+        # Here and not in the router: gradient checkpointing runs routers a second time, this method never.
+        real_tokens = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
+        for layer in self.layers:
+            if isinstance(layer.mlp, DeepseekMoE):
+                layer.mlp.gate.count(real_tokens)
+
+
+class NanoDeepSeekForCausalLM(NanoDeepSeekPreTrainedModel, GenerationMixin):
+    """The decoder with its output head, and the training loss."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: NanoDeepSeekConfig):
+        super().__init__(config)
+        self.model = NanoDeepSeekModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        # Official checkpoints hold the multi-token prediction modules as further layers.
+        beyond = range(config.num_hidden_layers, config.num_hidden_layers + config.num_nextn_predict_layers)
+        self._keys_to_ignore_on_load_unexpected = [rf"model\.layers\.{layer}\." for layer in beyond]
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> NanoDeepSeekCausalLMOutput:
+        r"""As `NanoDeepSeekModel.forward`, and
+
+        Args:
+            labels: [B, T], the input ids with -100 where nothing is to be learned; shifted here.
+            logits_to_keep: compute the logits of the last so many tokens only; 0 is all.
+            num_items_in_batch: targets in the whole optimizer batch; every loss term is then a sum divided by it, so
+                that micro-batches add up to the batch. Trainer passes it.
+        """
+        balanced = self._wants_balance_loss(labels)
+        if balanced:
+            kwargs["output_router_logits"] = True
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        loss = ce_loss = balance_loss = None
+        if labels is not None:
+            loss = ce_loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size, **kwargs)
+        if balanced:
+            balance_loss = self._balance_loss(outputs.router_logits, labels, attention_mask, **kwargs)
+            loss = ce_loss + self.config.aux_loss_alpha * balance_loss
+        return NanoDeepSeekCausalLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
+            ce_loss=ce_loss,
+            balance_loss=balance_loss,
+        )
+
+    def _wants_balance_loss(self, labels: torch.Tensor | None) -> bool:
+        config = self.config
+        experts = any(config.is_moe_layer(layer) for layer in range(config.num_hidden_layers))
+        return self.training and labels is not None and experts and config.aux_loss_alpha > 0
+
+    def _balance_loss(self, router_logits, labels, attention_mask, shift_labels=None, num_items_in_batch=None, **kwargs):
+        """The sequences' balance losses, each weighted by its share of the batch's targets."""
+        targets = labels[..., 1:] if shift_labels is None else shift_labels
+        targets_per_sequence = (targets != -100).sum(-1).float()
+        total = targets_per_sequence.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        real_tokens = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
+        if torch.is_grad_enabled() and not any(logits.requires_grad for logits in router_logits):
+            frozen = not any(layer.weight.requires_grad for layer in self.modules() if isinstance(layer, TopkRouter))
+            if not frozen:
+                raise ValueError(
+                    "The balance loss has no gradient under reentrant gradient checkpointing; enable it with "
+                    "gradient_checkpointing_kwargs={'use_reentrant': False}, or set aux_loss_alpha=0."
+                )
+        return sequence_balance_loss(router_logits, self.config, targets_per_sequence / total, real_tokens)
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        """`generate()` builds our cache where transformers would build its DynamicCache."""
+        default = generation_config.cache_implementation in (None, "dynamic") and generation_config.use_cache is not False
+        if default and model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = self.model.new_cache()
+            if generation_config.is_assistant:
+                model_kwargs["past_key_values"].activate_past_recording()
+            return
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+
+
+register_conversions()
+
+__all__ = [
+    "NanoDeepSeekCausalLMOutput",
+    "NanoDeepSeekForCausalLM",
+    "NanoDeepSeekModel",
+    "NanoDeepSeekPreTrainedModel",
+]

@@ -1,0 +1,66 @@
+"""Rotary position embedding in DeepSeek's two layouts, with YaRN.
+
+Frequencies come from transformers' own RoPE functions (the YaRN there agrees with the V3 code to the last bit); what
+is ours is the application: both layouts by one function, in fp32.
+"""
+
+import math
+
+import torch
+from torch import nn
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from .configuration_nanodeepseek import NanoDeepSeekConfig
+
+
+class RotaryEmbedding(nn.Module):
+    r"""cos and sin of position times frequency, theta_j = base^(-2j/r), j < r/2 (RoFormer, arXiv:2104.09864 eq. 15).
+
+    r is `config.head_dim`: qk_rope_head_dim for MLA, the whole head for GQA. YaRN (arXiv:2309.00071) replaces theta.
+
+    Shapes: position_ids [B, T] -> cos, sin, each [B, T, r/2], fp32.
+    """
+
+    def __init__(self, config: NanoDeepSeekConfig):
+        super().__init__()
+        self.config = config
+        self.rope_type = config.rope_parameters["rope_type"]
+        inverse = self.compute_default_rope_parameters if self.rope_type == "default" else None
+        inv_freq, self.attention_scaling = (inverse or ROPE_INIT_FUNCTIONS[self.rope_type])(config)
+        # Two names, not persistent: transformers refills exactly these after building a model on the meta device.
+        self.register_buffer("inv_freq", inv_freq, persistent=False)
+        self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
+
+    @staticmethod
+    def compute_default_rope_parameters(config: NanoDeepSeekConfig, **kwargs) -> tuple[torch.Tensor, float]:
+        exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float) / config.head_dim
+        return 1.0 / config.rope_parameters["rope_theta"] ** exponent, 1.0
+
+    @torch.no_grad()
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`x` gives the device alone; angles stay fp32, because bf16 cannot hold a position beyond 256 exactly."""
+        angles = position_ids[..., None].float() * self.inv_freq.to(device=x.device, dtype=torch.float)
+        return angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
+    r"""Rotates pair j of x by its angle: (a, b) -> (a cos - b sin, b cos + a sin).
+
+    Pairs are (x[2j], x[2j+1]) if `interleaved` (DeepSeek's attention), else (x[j], x[j+r/2]) (DeepSeek's indexer, GQA).
+    The result always lists all first members, then all second members. Queries and keys are reordered alike, so their
+    products are DeepSeek's; a cached rope key differs from DeepSeek's own cache by that permutation.
+
+    Shapes: x [B, H, T, r]; cos, sin [B, T, r/2] -> [B, H, T, r], dtype of x; arithmetic in fp32 (fp64 for fp64).
+    """
+    cos, sin = cos[:, None], sin[:, None]
+    first, second = (x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+def softmax_scale(config: NanoDeepSeekConfig, head_dim: int) -> float:
+    r"""head_dim^-0.5 * g^2, with g = 0.1 * mscale_all_dim * ln(factor) + 1 under YaRN and 1 without (V3 code; spec of
+    the report, section 4.3). For V3 (192, factor 40, mscale_all_dim 1) it is 0.1352337789."""
+    rope = config.rope_parameters
+    mscale, factor = rope.get("mscale_all_dim") or 0, rope.get("factor") or 1
+    g = 0.1 * mscale * math.log(factor) + 1 if factor > 1 else 1.0
+    return head_dim**-0.5 * g * g

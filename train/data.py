@@ -1,0 +1,180 @@
+"""Text in, packed sequences out.
+
+A source is the Python standard library of this machine (`stdlib`: real text everywhere, nothing to download), a file
+(.txt, .md, .py, ... one document; .jsonl, .parquet one document per row), a folder of such files, a list of those, or a
+data set known to `datasets` by name. Documents are packed into rows of equal length without seeing each other: tokens
+carry positions that restart with each document, which the model turns into separate attention.
+"""
+
+import hashlib
+import sysconfig
+import tokenize
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, concatenate_datasets, load_dataset
+from transformers import PreTrainedTokenizerBase
+
+ROW_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+TEXT_SUFFIXES = {".txt", ".md", ".rst", ".py", ".tex", ".html", ".csv", ".xml", ".yaml", ".toml", ".c", ".h", ".js"}
+# Left out of the standard library: tests (not installed everywhere), generated tables, other people's packages.
+STDLIB_SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "encodings", "pydoc_data"}
+
+
+def load_documents(source: str | list[str] | dict[str, Any], text_field: str = "text") -> Dataset:
+    """The documents of a source: a Dataset with columns `name` and `text`, empty ones left out.
+
+    Raises: ValueError, naming the source, if it is missing, unreadable, of an unknown kind or without text.
+    """
+    if isinstance(source, list):
+        parts = [load_documents(part, text_field) for part in source]
+        if not parts:
+            raise ValueError("data source: the list is empty")
+        return concatenate_datasets(parts)
+    if isinstance(source, dict):
+        documents = _by_name(source, text_field)
+    elif source == "stdlib":
+        documents = Dataset.from_list(list(_standard_library()))
+    else:
+        documents = _from_path(Path(source).expanduser(), text_field)
+    documents = documents.filter(lambda text: [bool(t and t.strip()) for t in text], input_columns="text", batched=True)
+    if len(documents) == 0:
+        raise ValueError(f"data source {source!r} holds no text")
+    return documents
+
+
+def _standard_library() -> Iterator[dict[str, str]]:
+    root = Path(sysconfig.get_path("stdlib"))
+    for path in sorted(root.rglob("*.py")):
+        name = path.relative_to(root)
+        generated = name.name.startswith("_sysconfigdata")
+        if generated or STDLIB_SKIPPED.intersection(name.parts) or any(part.startswith("config-") for part in name.parts):
+            continue
+        with tokenize.open(path) as file:  # honours the encoding declared in the file
+            yield {"name": str(name), "text": file.read()}
+
+
+def _from_path(path: Path, text_field: str) -> Dataset:
+    if not path.exists():
+        raise ValueError(f"data source {str(path)!r} does not exist")
+    if path.is_file():
+        return _from_file(path, text_field, path.name)
+    files = [file for file in sorted(path.rglob("*")) if file.suffix in TEXT_SUFFIXES | set(ROW_FORMATS)]
+    if not files:
+        suffixes = " ".join(sorted(TEXT_SUFFIXES | set(ROW_FORMATS)))
+        raise ValueError(f"data source {str(path)!r} holds no file of a known kind ({suffixes})")
+    texts = [{"name": str(f.relative_to(path)), "text": _read(f)} for f in files if f.suffix in TEXT_SUFFIXES]
+    parts = [Dataset.from_list(texts)] if texts else []
+    parts += [_from_file(f, text_field, str(f.relative_to(path))) for f in files if f.suffix in ROW_FORMATS]
+    return concatenate_datasets(parts)
+
+
+def _from_file(path: Path, text_field: str, name: str) -> Dataset:
+    if path.suffix not in ROW_FORMATS:
+        return Dataset.from_list([{"name": name, "text": _read(path)}])
+    if path.stat().st_size == 0:
+        raise ValueError(f"data source {str(path)!r} is empty")
+    try:
+        rows = load_dataset(ROW_FORMATS[path.suffix], data_files=str(path), split="train")
+    except Exception as error:  # whatever the parser raises, the user needs the file's name
+        raise ValueError(f"data source {str(path)!r} cannot be read as {path.suffix}: {error}") from error
+    return _rows(rows, text_field, name)
+
+
+def _by_name(source: dict[str, Any], text_field: str) -> Dataset:
+    if "dataset" not in source:
+        raise ValueError(f"data source {source!r} needs a key 'dataset', the name for datasets.load_dataset")
+    arguments = {key: value for key, value in source.items() if key != "dataset"}
+    arguments.setdefault("split", "train")
+    return _rows(load_dataset(source["dataset"], **arguments), text_field, str(source["dataset"]))
+
+
+def _rows(rows: Dataset, text_field: str, name: str) -> Dataset:
+    if text_field not in rows.column_names:
+        raise ValueError(f"{name}: no column {text_field!r}; there are {rows.column_names} (set data.text_field)")
+
+    def named(texts: list[str], indices: list[int]) -> dict[str, list[str]]:
+        return {"name": [f"{name}#{i}" for i in indices], "text": texts}
+
+    return rows.map(named, input_columns=text_field, with_indices=True, batched=True, remove_columns=rows.column_names)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"data source {str(path)!r} cannot be read as UTF-8 text: {error}") from error
+
+
+def hold_out(documents: Dataset, share: float) -> tuple[Dataset, Dataset]:
+    """Splits off whole documents for validation, chosen by the hash of their names: the same ones on every machine.
+
+    A single document is cut at the line break nearest before its last `share`.
+    Raises: ValueError if nothing would be left on one side.
+    """
+    if len(documents) == 1:
+        name, text = documents[0]["name"], documents[0]["text"]
+        cut = text.rfind("\n", 0, int(len(text) * (1 - share)) + 1) + 1 or int(len(text) * (1 - share))
+        halves = [{"name": name, "text": text[:cut]}, {"name": name, "text": text[cut:]}]
+        if not all(half["text"].strip() for half in halves):
+            raise ValueError(f"the only document, {name!r}, is too short ({len(text)} characters) to hold out {share:.0%}")
+        return Dataset.from_list(halves[:1]), Dataset.from_list(halves[1:])
+    digests = [hashlib.sha256(name.encode()).digest() for name in documents["name"]]
+    ranked = sorted(range(len(documents)), key=lambda i: digests[i])
+    count = min(max(1, round(share * len(documents))), len(documents) - 1)
+    return documents.select(sorted(ranked[count:])), documents.select(sorted(ranked[:count]))
+
+
+def pack(documents: Dataset, tokenizer: PreTrainedTokenizerBase, sequence_length: int, workers: int = 1) -> Dataset:
+    r"""Tokenises documents and packs them into rows of exactly `sequence_length` tokens.
+
+    Each document is `<bos> text <eos>`. Where a row ends inside a document, the next row starts with the last token
+    again, so that every token but `<bos>` is predicted exactly once. Columns `input_ids` and `position_ids`, [L] each;
+    a position of 0 starts a document or its continuation. The last row of each 1000 documents is filled up with
+    padding tokens, each a document of its own at position 0, that nothing is learned from.
+
+    Raises: ValueError if all documents together are shorter than one row.
+    """
+    bos, eos, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+
+    def pack_batch(texts: list[str]) -> dict[str, list[list[int]]]:
+        ids, positions = [], []
+        for tokens in tokenizer(texts, add_special_tokens=False)["input_ids"]:
+            tokens = [bos, *tokens, eos]
+            while len(tokens) > 1:
+                room = sequence_length - len(ids) % sequence_length
+                ids += tokens[:room]
+                positions += range(min(room, len(tokens)))
+                tokens = tokens[room - 1 :] if room > 1 else tokens
+        filling = -len(ids) % sequence_length
+        ids, positions = ids + [pad] * filling, positions + [0] * filling
+        starts = range(0, len(ids), sequence_length)
+        return {
+            "input_ids": [ids[i : i + sequence_length] for i in starts],
+            "position_ids": [positions[i : i + sequence_length] for i in starts],
+        }
+
+    rows = documents.map(
+        pack_batch,
+        input_columns="text",
+        batched=True,
+        remove_columns=documents.column_names,
+        num_proc=workers if workers > 1 else None,
+        desc="packing",
+    )
+    learned = 0
+    for row in rows:
+        learned += sum(position > 0 for position in row["position_ids"])
+        if learned >= sequence_length - 1:
+            return rows.with_format("torch")
+    raise ValueError(f"the corpus has only {learned} tokens to learn from, less than one sequence of {sequence_length}")
+
+
+def collate(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Rows -> a batch of `input_ids`, `position_ids`, `labels`, each [B, L]; -100 where a document starts."""
+    input_ids = torch.stack([row["input_ids"] for row in rows])
+    position_ids = torch.stack([row["position_ids"] for row in rows])
+    labels = input_ids.masked_fill(position_ids == 0, -100)
+    return {"input_ids": input_ids, "position_ids": position_ids, "labels": labels}

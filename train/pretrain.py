@@ -1,0 +1,143 @@
+"""Pretraining: `accelerate launch -m train.pretrain --config configuration/recipes/quickstart.yaml [field=value ...]`.
+
+Reads the text, trains a tokenizer if none is given, packs, trains, evaluates, saves model, tokenizer and a picture of
+the losses into `output_dir`, and lets the model speak.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, TrainingArguments, pipeline, set_seed
+
+from modeling_nanodeepseek import NanoDeepSeekConfig, NanoDeepSeekForCausalLM
+
+from .accounting import count_parameters
+from .data import collate, hold_out, load_documents, pack
+from .recipe import Recipe, recipe_from_command_line, resolve
+from .report import plot_losses
+from .tokenizer import train_tokenizer
+from .trainer import NanoDeepSeekTrainer
+
+
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether bf16 is at least as fast as fp32: recent GPUs, and CPUs with AMX."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+
+
+def training_arguments(recipe: Recipe) -> TrainingArguments:
+    device = TrainingArguments(output_dir=recipe.output_dir, report_to=[]).device
+    bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and multiplies_bf16(device))
+    settings = {"report_to": ["tensorboard"], "remove_unused_columns": False, "label_names": ["labels"]}
+    return TrainingArguments(output_dir=recipe.output_dir, bf16=bf16, **settings | recipe.trainer)
+
+
+def load_data(recipe: Recipe):
+    """The training and validation documents."""
+    data = recipe.data
+    documents = load_documents(data.source, data.text_field)
+    if data.validation is not None:
+        return documents, load_documents(data.validation, data.text_field)
+    return hold_out(documents, data.validation_share)
+
+
+def load_tokenizer(recipe: Recipe, documents):
+    path = recipe.tokenizer.path or recipe.model.checkpoint
+    if path is not None:
+        return AutoTokenizer.from_pretrained(resolve(path))
+
+    def texts():
+        left = recipe.tokenizer.train_megabytes * 1e6
+        for text in documents.shuffle(seed=0)["text"]:
+            yield text
+            left -= len(text)
+            if left <= 0:
+                return
+
+    return train_tokenizer(texts(), recipe.tokenizer.vocab_size, recipe.data.sequence_length)
+
+
+def load_model(recipe: Recipe, tokenizer) -> NanoDeepSeekForCausalLM:
+    """The model, checked against the tokenizer before anything is trained."""
+    if recipe.model.checkpoint is not None:
+        model = NanoDeepSeekForCausalLM.from_pretrained(resolve(recipe.model.checkpoint), dtype=torch.float32)
+    else:
+        path = resolve(recipe.model.config)
+        if not path.is_file():
+            raise ValueError(f"model.config {recipe.model.config!r} does not exist")
+        ids = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        config = NanoDeepSeekConfig(**json.loads(path.read_text()) | ids | recipe.model.overrides)
+        model = NanoDeepSeekForCausalLM(config)
+    config = model.config
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the model's vocab_size is only {config.vocab_size}")
+    if recipe.data.sequence_length > config.max_position_embeddings:
+        length, limit = recipe.data.sequence_length, config.max_position_embeddings
+        raise ValueError(f"data.sequence_length={length} exceeds the model's max_position_embeddings={limit}")
+    return model
+
+
+def run(recipe: Recipe) -> dict[str, float]:
+    """Runs a recipe; returns the final metrics."""
+    begin = time.perf_counter()
+    if recipe.threads:
+        torch.set_num_threads(recipe.threads)
+    args = training_arguments(recipe)
+    set_seed(args.seed)
+    with args.main_process_first(desc="preparing data"):
+        train_documents, validation_documents = load_data(recipe)
+        tokenizer = load_tokenizer(recipe, train_documents)
+        model = load_model(recipe, tokenizer)
+        length, workers = recipe.data.sequence_length, recipe.data.workers
+        train_rows = pack(train_documents, tokenizer, length, workers)
+        validation_rows = pack(validation_documents, tokenizer, length, workers)
+    trainer = NanoDeepSeekTrainer(
+        model,
+        args,
+        recipe=recipe,
+        validation_bytes=sum(len(text.encode()) for text in validation_documents["text"]),
+        train_dataset=train_rows,
+        eval_dataset=validation_rows,
+        data_collator=collate,
+        processing_class=tokenizer,
+    )
+    main = trainer.is_world_process_zero()
+    if main:
+        counts = count_parameters(model.config)
+        print(
+            f"model: {counts['total']:,} parameters, {counts['active']:,} active per token\n"
+            f"data: {len(train_rows):,} training and {len(validation_rows):,} validation rows of {length} tokens\n"
+            f"machine: {args.device}, {'bf16' if args.bf16 else 'fp32'}, {torch.get_num_threads()} threads",
+            flush=True,
+        )
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    metrics = trainer.evaluate()
+    trainer.save_model()
+    trainer.save_state()
+    if main:
+        output = Path(recipe.output_dir)
+        metrics["seconds"] = round(time.perf_counter() - begin, 1)
+        (output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+        picture = plot_losses(trainer.state.log_history, output / "loss.png", title=output.name)
+        print(f"saved: {output} (losses: {picture})")
+        if recipe.prompt:
+            speak = pipeline("text-generation", model=str(output), device=args.device)
+            print(speak(recipe.prompt, max_new_tokens=96, do_sample=False)[0]["generated_text"])
+        print(json.dumps(metrics))
+    return metrics
+
+
+def main(argv: list[str] | None = None):
+    recipe = recipe_from_command_line(__doc__.splitlines()[0], argv)
+    try:
+        run(recipe)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""A recipe: one YAML file that states a whole run. Unknown fields, wrong types and impossible values are refused.
+
+Any field can be set on the command line by its dotted path, the value in YAML:
+
+    accelerate launch -m train.pretrain --config configuration/recipes/quickstart.yaml optimizer.matrix_lr=0.01 \
+        model.overrides.attention_type=gqa 'data.source=[a.txt, b.txt]'
+"""
+
+import argparse
+import difflib
+import inspect
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from transformers import TrainingArguments
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+
+class ModelSection(Section):
+    """What is trained: a model file of `configuration/models/` (fresh weights) or a checkpoint folder to continue."""
+
+    config: str | None = None
+    checkpoint: str | None = None
+    overrides: dict[str, Any] = Field(default_factory=dict)  # config fields, e.g. attention_type: gqa
+
+    @model_validator(mode="after")
+    def one_origin(self):
+        if (self.config is None) == (self.checkpoint is None):
+            raise ValueError("give either config (fresh weights) or checkpoint (a folder to continue from)")
+        if self.checkpoint is not None and self.overrides:
+            raise ValueError("overrides go with config; a checkpoint has its own configuration")
+        return self
+
+
+class TokenizerSection(Section):
+    """`path` of a tokenizer to use; without it a byte-level BPE of `vocab_size` tokens is trained on the data."""
+
+    path: str | None = None
+    vocab_size: int = Field(default=4096, ge=512)
+    train_megabytes: float = Field(default=20.0, gt=0)  # at most so much text is read to train it
+
+
+class DataSection(Section):
+    """`source`: `stdlib`, a file, a folder, a list of those, or `{dataset: name, ...}` for `datasets.load_dataset`."""
+
+    source: str | list[str] | dict[str, Any]
+    validation: str | list[str] | dict[str, Any] | None = None  # default: held out of the source
+    validation_share: float = Field(default=0.04, gt=0, lt=1)  # of the documents (or of the text, if it is only one)
+    text_field: str = "text"
+    sequence_length: int = Field(ge=2)
+    workers: int = Field(default=1, ge=1)
+
+
+class OptimizerSection(Section):
+    """`muon`: Muon for hidden matrices, AdamW for the rest; `adamw`: AdamW for all (then `matrix_lr` is its rate)."""
+
+    name: Literal["muon", "adamw"] = "muon"
+    matrix_lr: float = Field(default=0.02, ge=0)
+    embedding_lr: float = Field(default=0.2, ge=0)
+    head_lr: float = Field(default=0.004, ge=0)
+    scalar_lr: float = Field(default=0.01, ge=0)  # norm weights, biases, router
+    weight_decay: float = Field(default=0.1, ge=0)  # matrices only
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(default=1e-8, gt=0)
+    momentum: float = Field(default=0.95, ge=0, lt=1)
+    ns_steps: int = Field(default=5, ge=1, lt=100)
+
+
+class ScheduleSection(Section):
+    """Learning-rate factor against progress: linear warm-up, constant, then linear decay to `final`."""
+
+    warmup: float = Field(default=0.01, ge=0, le=1)
+    decay: float = Field(default=0.4, ge=0, le=1)
+    final: float = Field(default=0.0, ge=0, le=1)
+    max_seconds: float | None = Field(default=None, gt=0)  # ends the run, fully decayed, if max_steps has not
+
+    @model_validator(mode="after")
+    def fits(self):
+        if self.warmup + self.decay > 1:
+            raise ValueError(f"warmup + decay = {self.warmup + self.decay} exceeds the whole run, 1")
+        return self
+
+
+class BalanceSection(Section):
+    """Loss-free balancing: step `gamma` until `freeze_at` (share of the run), then 0, as in V3's pre-training."""
+
+    gamma: float = Field(default=1e-3, ge=0)
+    freeze_at: float = Field(default=0.97, ge=0, le=1)
+    centre: bool = False
+
+
+class Recipe(Section):
+    output_dir: str
+    model: ModelSection
+    tokenizer: TokenizerSection = Field(default_factory=TokenizerSection)
+    data: DataSection
+    optimizer: OptimizerSection = Field(default_factory=OptimizerSection)
+    schedule: ScheduleSection = Field(default_factory=ScheduleSection)
+    balance: BalanceSection = Field(default_factory=BalanceSection)
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the hardware multiplies it natively
+    threads: int | None = Field(default=None, ge=1)  # CPU threads; default: what torch finds
+    prompt: str | None = None  # text to continue when the run has ended
+    trainer: dict[str, Any] = Field(default_factory=dict)  # fields of transformers.TrainingArguments
+
+    @model_validator(mode="after")
+    def known_training_arguments(self):
+        known = set(inspect.signature(TrainingArguments).parameters)
+        ours = {"output_dir": "output_dir", "bf16": "precision", "fp16": "precision", "optim": "optimizer.name"}
+        ours |= {"learning_rate": "optimizer.matrix_lr", "lr_scheduler_type": "schedule", "warmup_steps": "schedule.warmup"}
+        for key, value in self.trainer.items():
+            if key.endswith("_strategy") and value is False:
+                self.trainer[key] = "no"  # what YAML 1.1 makes of an unquoted no
+            if key in ours:
+                raise ValueError(f"trainer.{key} is set by the recipe's field {ours[key]}")
+            if key not in known:
+                close = difflib.get_close_matches(key, known, n=1)
+                hint = f"; did you mean {close[0]!r}?" if close else ""
+                raise ValueError(f"trainer.{key} is no field of transformers.TrainingArguments{hint}")
+        return self
+
+
+def resolve(path: str) -> Path:
+    """A path as given if it exists, else relative to the repository, so that recipes work from any folder."""
+    given = Path(path).expanduser()
+    return given if given.exists() or given.is_absolute() else REPOSITORY / path
+
+
+def load_recipe(path: str, overrides: list[str] = ()) -> Recipe:
+    """Reads a recipe and applies `dotted.field=value` overrides. Raises ValueError with every problem, one per line."""
+    file = resolve(path)
+    if not file.is_file():
+        raise ValueError(f"recipe {path!r} does not exist")
+    try:
+        values = yaml.safe_load(file.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"recipe {path!r} is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"recipe {path!r} must be a mapping of sections, and is {type(values).__name__}")
+    for override in overrides:
+        _set(values, override)
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        lines = [f"  {'.'.join(map(str, e['loc'])) or 'recipe'}: {e['msg']} (given {e['input']!r})" for e in error.errors()]
+        raise ValueError(f"recipe {path!r} cannot be used:\n" + "\n".join(lines)) from None
+
+
+def _set(values: dict, override: str):
+    field, equals, text = override.removeprefix("--").partition("=")
+    if not equals or not field:
+        raise ValueError(f"override {override!r} must read field=value, e.g. optimizer.matrix_lr=0.01")
+    *path, last = field.split(".")
+    for name in path:
+        values = values.setdefault(name, {})
+        if not isinstance(values, dict):
+            raise ValueError(f"override {override!r}: {name!r} is not a section")
+    values[last] = _number(yaml.safe_load(text))
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads 1e-3 as a string; people mean a number."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def recipe_from_command_line(description: str, argv: list[str] | None = None) -> Recipe:
+    """`--config recipe.yaml [field=value ...]`; problems end the program with one message."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--config", required=True, help="a recipe, e.g. configuration/recipes/quickstart.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="field=value", help="e.g. optimizer.matrix_lr=0.01")
+    args, rest = parser.parse_known_args(argv)
+    try:
+        return load_recipe(args.config, [*args.overrides, *rest])
+    except ValueError as error:
+        parser.error(str(error))

@@ -1,0 +1,173 @@
+"""The Trainer: transformers' own, with this project's optimizer, schedule, exact evaluation and log."""
+
+import math
+import time
+
+import torch
+from torch.nn import functional as F
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import ExportableState, ProgressCallback
+
+from modeling_nanodeepseek import LoadBalancingCallback
+
+from .accounting import matmul_peak, training_flops_per_token
+from .optimizers import build_optimizer
+from .recipe import Recipe, ScheduleSection
+
+
+def lr_factor(progress: float, schedule: ScheduleSection) -> float:
+    """The learning-rate factor at `progress` in 0..1: linear warm-up to 1, constant, linear decay to `final`."""
+    if progress < schedule.warmup:
+        return progress / schedule.warmup
+    if progress <= 1 - schedule.decay:
+        return 1.0
+    left = max(0.0, 1 - progress) / schedule.decay
+    return schedule.final + (1 - schedule.final) * left
+
+
+class Clock(TrainerCallback, ExportableState):
+    """Seconds spent training, kept across a resume, and the end of the run when they are used up."""
+
+    def __init__(self, max_seconds: float | None = None, spent: float = 0.0):
+        self.max_seconds = max_seconds
+        self.spent = spent
+        self._last: float | None = None
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self._last = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.spent += time.perf_counter() - self._last
+        if self.max_seconds is not None and self.spent >= self.max_seconds:
+            control.should_training_stop = True
+
+    def state(self) -> dict:
+        return {"args": {"max_seconds": self.max_seconds, "spent": self.spent}, "attributes": {}}
+
+
+class LineCallback(ProgressCallback):
+    """transformers' progress bars, and each log entry as one dense line above them."""
+
+    FORMATS = {
+        "loss": "loss {:.4f}",
+        "ce_loss": "ce {:.4f}",
+        "balance_loss": "balance {:.3f}",
+        "grad_norm": "|g| {:.2f}",
+        "learning_rate": "lr {:.2e}",
+        "expert_max_violation": "maxvio {:.2f}",
+        "expert_load_entropy": "entropy {:.3f}",
+        "expert_dead_share": "dead {:.1%}",
+        "tokens_per_second": "{:,.0f} tok/s",
+        "flop_utilisation": "{:.0%} of peak FLOP/s",
+        "eval_loss": "validation loss {:.4f}",
+        "eval_bits_per_byte": "validation {:.4f} bits per byte",
+    }
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero:
+            return
+        parts = [text.format(float(logs[key])) for key, text in self.FORMATS.items() if key in logs]
+        line = f"step {state.global_step}/{state.max_steps}  " + "  ".join(parts)
+        if parts:
+            (self.training_bar.write if self.training_bar is not None else print)(line)
+
+
+class NanoDeepSeekTrainer(Trainer):
+    """Trainer for a recipe.
+
+    Adds: the recipe's optimizer and schedule; loss-free balancing; every loss term, the experts' load, tokens per
+    second and FLOP utilisation in the log; `evaluate()` with the exact mean loss and bits per byte.
+
+    Args:
+        recipe: the run.
+        validation_bytes: length of the validation documents in UTF-8 bytes, for bits per byte.
+    """
+
+    def __init__(self, *args, recipe: Recipe, validation_bytes: int | None = None, **kwargs):
+        self.recipe = recipe
+        self.validation_bytes = validation_bytes
+        super().__init__(*args, **kwargs)
+        self.clock = Clock(recipe.schedule.max_seconds)
+        balance = recipe.balance
+        self.balancing = LoadBalancingCallback(
+            lambda done: balance.gamma if self.progress(done) < balance.freeze_at else 0.0, balance.centre
+        )
+        self.remove_callback(ProgressCallback)
+        for callback in (self.clock, self.balancing, LineCallback()):
+            self.add_callback(callback)
+        self._terms: dict[str, list[torch.Tensor]] = {}
+        self._tokens = 0
+        self._since = 0.0
+        self._flops_per_token = training_flops_per_token(self.model.config, recipe.data.sequence_length)
+        dtype = torch.bfloat16 if self.args.bf16 else torch.float32
+        self._peak = matmul_peak(self.args.device, dtype) * self.args.world_size
+
+    def progress(self, share_of_steps: float) -> float:
+        """Share of the run that is over: by steps or by time, whichever is further."""
+        limit = self.recipe.schedule.max_seconds
+        return max(share_of_steps, self.clock.spent / limit if limit else 0.0)
+
+    def create_optimizer(self, model=None):
+        if self.optimizer is None:
+            self.optimizer = build_optimizer(model or self.model, self.recipe.optimizer)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        if self.lr_scheduler is None:
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+                optimizer or self.optimizer,
+                lambda step: lr_factor(self.progress((step + 1) / num_training_steps), self.recipe.schedule),
+            )
+        return self.lr_scheduler
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        if model.training:
+            self._tokens += inputs["input_ids"].numel() * self.args.world_size
+            for term in ("ce_loss", "balance_loss"):
+                value = outputs.get(term)
+                if value is not None:
+                    self._terms.setdefault(term, []).append(value.detach())
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args, **kwargs):
+        if "loss" in logs and self._terms:
+            steps = max(1, self.state.global_step - self._logged_step) if hasattr(self, "_logged_step") else None
+            steps = steps or max(1, self.state.global_step)
+            self._logged_step = self.state.global_step
+            for term, values in self._terms.items():
+                total = self.accelerator.reduce(torch.stack(values).sum(), reduction="sum")
+                logs[term] = total.item() / steps
+            elapsed = self.clock.spent - self._since
+            logs["tokens_per_second"] = self._tokens / max(elapsed, 1e-9)
+            logs["flop_utilisation"] = logs["tokens_per_second"] * self._flops_per_token / self._peak
+            if self.balancing.load is not None:
+                logs |= self.balancing.load.metrics()
+            self._terms, self._tokens, self._since = {}, 0, self.clock.spent
+        super().log(logs, *args, **kwargs)
+
+    @torch.no_grad()
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Mean cross-entropy per predicted token in nats, and bits per byte of the validation text.
+
+        bits per byte = (sum of -log2 p of every predicted token) / (bytes of the documents); no term but the CE.
+        """
+        model = self._wrap_model(self.model, training=False)
+        model.eval()
+        nats, targets = 0.0, 0
+        for batch in self.get_eval_dataloader(eval_dataset):
+            batch = self._prepare_inputs(batch)
+            labels = batch.pop("labels")
+            with self.compute_loss_context_manager():
+                logits = model(**batch, use_cache=False).logits
+            shifted = F.pad(labels, (0, 1), value=-100)[:, 1:]
+            losses = F.cross_entropy(logits.float().flatten(0, 1), shifted.flatten(), reduction="none").view_as(shifted)
+            rows = torch.stack((losses.double().sum(-1), (shifted != -100).sum(-1).double()), -1)
+            rows = self.accelerator.gather_for_metrics(rows)
+            nats, targets = nats + rows[:, 0].sum().item(), targets + int(rows[:, 1].sum().item())
+        metrics = {f"{metric_key_prefix}_loss": nats / max(targets, 1), f"{metric_key_prefix}_tokens": targets}
+        if self.validation_bytes and eval_dataset is None:
+            metrics[f"{metric_key_prefix}_bits_per_byte"] = nats / math.log(2) / self.validation_bytes
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
