@@ -148,8 +148,9 @@ class MultiHeadLatentAttention(nn.Module):
         S = latent_B1Sl.shape[2]
         w_Hxc = self.kv_b_weight(latent_B1Sl).unflatten(0, (H, self.n + self.v))
         query_BHTl = torch.cat((q_nope_BHTn @ w_Hxc[:, : self.n], q_rope_BHTr), dim=-1)
-        if attention_mask is None and T > 1:  # left out by transformers only when T == S: plain causal
-            attention_mask = torch.ones(T, S, dtype=torch.bool, device=query_BHTl.device).tril(S - T)[None, None]
+        if attention_mask is None and T > 1:
+            # transformers leaves the mask out when the queries are the first T positions (S > T in a static cache).
+            attention_mask = torch.ones(T, S, dtype=torch.bool, device=query_BHTl.device).tril()[None, None]
         if attention_mask is not None and (T > 1 or attention_mask.shape[1] > 1):
             attention_mask = attention_mask.expand(-1, H, -1, -1).reshape(-1, 1, H * T, attention_mask.shape[-1])
         # The value is the key: its first c columns are what we want, the last r columns are dropped afterwards.

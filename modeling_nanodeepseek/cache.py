@@ -11,7 +11,9 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from .configuration_nanodeepseek import NanoDeepSeekConfig
 
-GROWTH = 1.25  # of the length, when the reserve is used up: on average each row is copied at most 1/(GROWTH-1) = 4 times
+GROWTH = (
+    1.25  # of the length, when the reserve is used up: on average each row is copied at most 1/(GROWTH-1) = 4 times
+)
 RESERVE = 64  # tokens, at least
 
 

@@ -14,7 +14,12 @@ from transformers import GenerationConfig, PreTrainedConfig
 
 # What a family's config.json leaves out because the family's own class supplies it.
 FAMILY_DEFAULTS = {
-    "deepseek_v2": {"scoring_func": "softmax", "topk_method": "greedy", "norm_topk_prob": False, "aux_loss_alpha": 0.001},
+    "deepseek_v2": {
+        "scoring_func": "softmax",
+        "topk_method": "greedy",
+        "norm_topk_prob": False,
+        "aux_loss_alpha": 0.001,
+    },
     "deepseek_v3": {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "norm_topk_prob": True},
 }
 
@@ -64,7 +69,8 @@ class NanoDeepSeekConfig(PreTrainedConfig):
         n_shared_experts: experts every token passes, fused into one MLP; `None` or 0 for none.
         num_experts_per_tok: routed experts K per token.
         moe_intermediate_size: width m of one expert; a multiple of 8.
-        first_k_dense_replace, moe_layer_freq: layer i is MoE iff i >= first_k_dense_replace and i % moe_layer_freq == 0.
+        first_k_dense_replace, moe_layer_freq: layer i has experts iff i >= the first and
+            i % the second == 0.
         scoring_func: `"sigmoid"` (V3) or `"softmax"` (V2).
         topk_method: `"noaux_tc"` (biased choice, groups scored by their two best experts), `"group_limited_greedy"`
             (groups scored by their best expert) or `"greedy"` (no groups).
@@ -258,7 +264,9 @@ class NanoDeepSeekConfig(PreTrainedConfig):
             self._require(same, "num_key_value_heads", f"MLA has one per head, {self.num_attention_heads}, or None")
         else:
             divides = self.num_attention_heads % self.num_key_value_heads == 0
-            self._require(divides, "num_key_value_heads", f"it must divide num_attention_heads={self.num_attention_heads}")
+            self._require(
+                divides, "num_key_value_heads", f"it must divide num_attention_heads={self.num_attention_heads}"
+            )
 
     def validate_experts(self):
         self._require_one_of("scoring_func", ("sigmoid", "softmax"))

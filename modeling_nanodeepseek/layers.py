@@ -7,6 +7,21 @@ from transformers.activations import ACT2FN
 from .configuration_nanodeepseek import NanoDeepSeekConfig
 
 
+class Fp32Buffers(nn.Module):
+    """A module whose own buffers keep their dtype under `.to(bfloat16)`, `.half()` and the like; devices still change.
+
+    For state that a cast would ruin: a router bias that moves by 0.001, rotary frequencies.
+    """
+
+    def _apply(self, fn, recurse=True):
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            if buffer is not None and self._buffers[name].dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(self._buffers[name].device)
+        return self
+
+
 class RMSNorm(nn.Module):
     r"""Root mean square normalisation (arXiv:1910.07467, eq. 4).
 
@@ -50,7 +65,7 @@ class GatedMLP(nn.Module):
 
 
 class PlainMLP(nn.Module):
-    """down(act(up(x))), no biases; with relu2 the feed-forward layer of Primer (arXiv:2109.08668). [..., d] -> [..., d]"""
+    """down(act(up(x))), no biases; Primer's layer (arXiv:2109.08668) when act is relu2. [..., d] -> [..., d]"""
 
     def __init__(self, config: NanoDeepSeekConfig, intermediate_size: int):
         super().__init__()

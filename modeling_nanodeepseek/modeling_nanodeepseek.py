@@ -290,7 +290,9 @@ class NanoDeepSeekForCausalLM(NanoDeepSeekPreTrainedModel, GenerationMixin):
         experts = any(config.is_moe_layer(layer) for layer in range(config.num_hidden_layers))
         return self.training and labels is not None and experts and config.aux_loss_alpha > 0
 
-    def _balance_loss(self, router_logits, labels, attention_mask, shift_labels=None, num_items_in_batch=None, **kwargs):
+    def _balance_loss(
+        self, router_logits, labels, attention_mask, shift_labels=None, num_items_in_batch=None, **kwargs
+    ):
         """The sequences' balance losses, each weighted by its share of the batch's targets."""
         targets = labels[..., 1:] if shift_labels is None else shift_labels
         targets_per_sequence = (targets != -100).sum(-1).float()
@@ -307,7 +309,9 @@ class NanoDeepSeekForCausalLM(NanoDeepSeekPreTrainedModel, GenerationMixin):
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         """`generate()` builds our cache where transformers would build its DynamicCache."""
-        default = generation_config.cache_implementation in (None, "dynamic") and generation_config.use_cache is not False
+        default = (
+            generation_config.cache_implementation in (None, "dynamic") and generation_config.use_cache is not False
+        )
         if default and model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = self.model.new_cache()
             if generation_config.is_assistant:

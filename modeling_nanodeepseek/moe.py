@@ -12,7 +12,7 @@ from transformers.integrations import use_experts_implementation
 
 from .checkpoints import stack_expert_keys
 from .configuration_nanodeepseek import NanoDeepSeekConfig
-from .layers import build_mlp
+from .layers import Fp32Buffers, build_mlp
 
 SCORING_FUNCS = {"sigmoid": torch.sigmoid, "softmax": lambda logits: logits.softmax(-1)}
 
@@ -30,7 +30,7 @@ def best(scores_TGe: torch.Tensor) -> torch.Tensor:
 GROUP_SCORES = {"noaux_tc": two_best, "group_limited_greedy": best, "greedy": None}
 
 
-class TopkRouter(nn.Module):
+class TopkRouter(Fp32Buffers):
     r"""Chooses K experts per token and their weights (V3 report eq. 12-16; V2 report section 2.2).
 
       s = sigmoid(W_g u) (or softmax), in fp32           choice = s + b
@@ -100,13 +100,6 @@ class TopkRouter(nn.Module):
         counts_E = counts_E.scatter_add(0, choice_TK.flatten(), weights_TK.flatten())[:experts].long()
         self.tokens_per_expert = counts_E if self.tokens_per_expert is None else self.tokens_per_expert + counts_E
 
-    def _apply(self, fn, recurse=True):
-        bias = self.e_score_correction_bias
-        super()._apply(fn, recurse)
-        if bias is not None and self.e_score_correction_bias.dtype != bias.dtype:
-            self.e_score_correction_bias = bias.to(self.e_score_correction_bias.device)
-        return self
-
 
 class _Experts(nn.Module):
     """What both kinds of stacked experts share: sizes, the sorted loop, and reading per-expert checkpoints."""
@@ -128,10 +121,11 @@ class _Experts(nn.Module):
         K = indices_TK.shape[1]
         experts_sorted, order = indices_TK.flatten().sort(stable=True)
         counts = torch.bincount(experts_sorted, minlength=self.num_experts + 1).tolist()
-        gathered = hidden_Td[order // K].split(counts)
+        # index_select, not []: its backward is an index_add, several times faster on a CPU.
+        gathered = hidden_Td.index_select(0, order // K).split(counts)
         outputs = [self.run_expert(e, tokens) for e, tokens in enumerate(gathered[:-1])]
         outputs.append(torch.zeros_like(gathered[-1]))  # dropped slots
-        output = torch.cat(outputs)[order.argsort()].unflatten(0, (-1, K))
+        output = torch.cat(outputs).index_select(0, order.argsort()).unflatten(0, (-1, K))
         return (output * weights_TK[..., None]).sum(1).to(hidden_Td.dtype)
 
 
@@ -206,7 +200,8 @@ def sequence_balance_loss(
 ) -> torch.Tensor:
     r"""Complementary sequence-wise auxiliary loss (V3 report eq. 17-20), summed over MoE layers.
 
-      s'_it = s_it / sum_j s_jt    P_i = 1/T sum_t s'_it    f_i = E/(K T) sum_t 1[i in top-K of s_t]    L = sum_i f_i P_i
+      s'_it = s_it / sum_j s_jt             P_i = 1/T sum_t s'_it
+      f_i = E/(K T) sum_t 1[i in top-K of s_t]     L = sum_i f_i P_i
     "Top-K" is of the raw scores, without bias or group limit, as printed; f carries no gradient. Uniform scores with
     balanced counts give L = 1 per layer and sequence.
 

@@ -7,13 +7,13 @@ is ours is the application: both layouts by one function, in fp32.
 import math
 
 import torch
-from torch import nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from .configuration_nanodeepseek import NanoDeepSeekConfig
+from .layers import Fp32Buffers
 
 
-class RotaryEmbedding(nn.Module):
+class RotaryEmbedding(Fp32Buffers):
     r"""cos and sin of position times frequency, theta_j = base^(-2j/r), j < r/2 (RoFormer, arXiv:2104.09864 eq. 15).
 
     r is `config.head_dim`: qk_rope_head_dim for MLA, the whole head for GQA. YaRN (arXiv:2309.00071) replaces theta.

@@ -1,6 +1,4 @@
-"""Counting: parameters, floating-point operations per token, and what this machine can multiply per second."""
-
-import time
+"""Counting: parameters, and floating-point operations per token."""
 
 import torch
 
@@ -44,22 +42,3 @@ def training_flops_per_token(config: NanoDeepSeekConfig, sequence_length: int) -
         width = 2 * config.head_dim
     attention = 3 * config.num_hidden_layers * config.num_attention_heads * width * sequence_length
     return 6 * count_parameters(config)["active_matmul"] + attention
-
-
-def matmul_peak(device: torch.device, dtype: torch.dtype, size: int = 2048, seconds: float = 0.3) -> float:
-    """FLOP/s of a square matrix product on this device: the ceiling that utilisation is a share of."""
-    size = size if device.type == "cpu" else 4 * size
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-
-    def run() -> float:
-        start = time.perf_counter()
-        a @ b
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - start
-
-    run()
-    times, begin = [], time.perf_counter()
-    while time.perf_counter() - begin < seconds:
-        times.append(run())
-    return 2 * size**3 / min(times)

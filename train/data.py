@@ -20,7 +20,16 @@ from transformers import PreTrainedTokenizerBase
 ROW_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 TEXT_SUFFIXES = {".txt", ".md", ".rst", ".py", ".tex", ".html", ".csv", ".xml", ".yaml", ".toml", ".c", ".h", ".js"}
 # Left out of the standard library: tests (not installed everywhere), generated tables, other people's packages.
-STDLIB_SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "encodings", "pydoc_data"}
+STDLIB_SKIPPED = {
+    "test",
+    "tests",
+    "idle_test",
+    "site-packages",
+    "dist-packages",
+    "__pycache__",
+    "encodings",
+    "pydoc_data",
+}
 
 
 def load_documents(source: str | list[str] | dict[str, Any], text_field: str = "text") -> Dataset:
@@ -50,7 +59,11 @@ def _standard_library() -> Iterator[dict[str, str]]:
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root)
         generated = name.name.startswith("_sysconfigdata")
-        if generated or STDLIB_SKIPPED.intersection(name.parts) or any(part.startswith("config-") for part in name.parts):
+        if (
+            generated
+            or STDLIB_SKIPPED.intersection(name.parts)
+            or any(part.startswith("config-") for part in name.parts)
+        ):
             continue
         with tokenize.open(path) as file:  # honours the encoding declared in the file
             yield {"name": str(name), "text": file.read()}
@@ -119,7 +132,9 @@ def hold_out(documents: Dataset, share: float) -> tuple[Dataset, Dataset]:
         cut = text.rfind("\n", 0, int(len(text) * (1 - share)) + 1) + 1 or int(len(text) * (1 - share))
         halves = [{"name": name, "text": text[:cut]}, {"name": name, "text": text[cut:]}]
         if not all(half["text"].strip() for half in halves):
-            raise ValueError(f"the only document, {name!r}, is too short ({len(text)} characters) to hold out {share:.0%}")
+            raise ValueError(
+                f"the only document, {name!r}, is too short ({len(text)} characters) to hold out {share:.0%}"
+            )
         return Dataset.from_list(halves[:1]), Dataset.from_list(halves[1:])
     digests = [hashlib.sha256(name.encode()).digest() for name in documents["name"]]
     ranked = sorted(range(len(documents)), key=lambda i: digests[i])

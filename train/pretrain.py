@@ -10,23 +10,19 @@ import time
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoTokenizer, TrainingArguments, pipeline, set_seed
 
-from modeling_nanodeepseek import NanoDeepSeekConfig, NanoDeepSeekForCausalLM
+from modeling_nanodeepseek import NanoDeepSeekForCausalLM
 
 from .accounting import count_parameters
 from .data import collate, hold_out, load_documents, pack
+from .hardware import keep_memory, multiplies_bf16
+from .models import build_model
 from .recipe import Recipe, recipe_from_command_line, resolve
 from .report import plot_losses
 from .tokenizer import train_tokenizer
 from .trainer import NanoDeepSeekTrainer
-
-
-def multiplies_bf16(device: torch.device) -> bool:
-    """Whether bf16 is at least as fast as fp32: recent GPUs, and CPUs with AMX."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and torch.cpu._is_amx_tile_supported()
 
 
 def training_arguments(recipe: Recipe) -> TrainingArguments:
@@ -66,36 +62,32 @@ def load_model(recipe: Recipe, tokenizer) -> NanoDeepSeekForCausalLM:
     if recipe.model.checkpoint is not None:
         model = NanoDeepSeekForCausalLM.from_pretrained(resolve(recipe.model.checkpoint), dtype=torch.float32)
     else:
-        path = resolve(recipe.model.config)
-        if not path.is_file():
-            raise ValueError(f"model.config {recipe.model.config!r} does not exist")
         ids = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        config = NanoDeepSeekConfig(**json.loads(path.read_text()) | ids | recipe.model.overrides)
-        model = NanoDeepSeekForCausalLM(config)
+        model = build_model(recipe.model.config, recipe.model.variant, **ids | recipe.model.overrides)
     config = model.config
     if len(tokenizer) > config.vocab_size:
-        raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the model's vocab_size is only {config.vocab_size}")
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} tokens, the model's vocab_size is only {config.vocab_size}"
+        )
     if recipe.data.sequence_length > config.max_position_embeddings:
         length, limit = recipe.data.sequence_length, config.max_position_embeddings
         raise ValueError(f"data.sequence_length={length} exceeds the model's max_position_embeddings={limit}")
     return model
 
 
-def run(recipe: Recipe) -> dict[str, float]:
-    """Runs a recipe; returns the final metrics."""
-    begin = time.perf_counter()
-    if recipe.threads:
-        torch.set_num_threads(recipe.threads)
-    args = training_arguments(recipe)
-    set_seed(args.seed)
+def build_trainer(recipe: Recipe, args: TrainingArguments) -> NanoDeepSeekTrainer:
+    """Everything up to the first step: data read, tokenizer trained, model built, rows packed."""
     with args.main_process_first(desc="preparing data"):
         train_documents, validation_documents = load_data(recipe)
         tokenizer = load_tokenizer(recipe, train_documents)
+        set_seed(args.seed)  # the weights depend on the seed alone, not on what was read before
         model = load_model(recipe, tokenizer)
         length, workers = recipe.data.sequence_length, recipe.data.workers
         train_rows = pack(train_documents, tokenizer, length, workers)
         validation_rows = pack(validation_documents, tokenizer, length, workers)
-    trainer = NanoDeepSeekTrainer(
+    if args.device.type == "cpu":
+        model.set_experts_implementation("eager")  # one GEMM per expert; the grouped one is a loop inside torch there
+    return NanoDeepSeekTrainer(
         model,
         args,
         recipe=recipe,
@@ -105,37 +97,57 @@ def run(recipe: Recipe) -> dict[str, float]:
         data_collator=collate,
         processing_class=tokenizer,
     )
-    main = trainer.is_world_process_zero()
-    if main:
-        counts = count_parameters(model.config)
-        print(
-            f"model: {counts['total']:,} parameters, {counts['active']:,} active per token\n"
-            f"data: {len(train_rows):,} training and {len(validation_rows):,} validation rows of {length} tokens\n"
-            f"machine: {args.device}, {'bf16' if args.bf16 else 'fp32'}, {torch.get_num_threads()} threads",
-            flush=True,
-        )
+
+
+def describe(trainer: NanoDeepSeekTrainer) -> str:
+    """What is about to run, in three lines."""
+    args, counts = trainer.args, count_parameters(trainer.model.config)
+    rows, held_out = len(trainer.train_dataset), len(trainer.eval_dataset)
+    length, precision = trainer.recipe.data.sequence_length, "bf16" if args.bf16 else "fp32"
+    return (
+        f"model: {counts['total']:,} parameters, {counts['active']:,} active per token\n"
+        f"data: {rows:,} training and {held_out:,} validation rows of {length} tokens\n"
+        f"machine: {args.device}, {precision}, {torch.get_num_threads()} threads"
+    )
+
+
+def run(recipe: Recipe) -> dict[str, float]:
+    """Runs a recipe; returns the final metrics."""
+    begin = time.perf_counter()
+    if recipe.threads:
+        torch.set_num_threads(recipe.threads)
+    args = training_arguments(recipe)
+    trainer = build_trainer(recipe, args)
+    if trainer.is_world_process_zero():
+        print(describe(trainer), flush=True)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     metrics = trainer.evaluate()
     trainer.save_model()
     trainer.save_state()
-    if main:
-        output = Path(recipe.output_dir)
-        metrics["seconds"] = round(time.perf_counter() - begin, 1)
-        (output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-        picture = plot_losses(trainer.state.log_history, output / "loss.png", title=output.name)
-        print(f"saved: {output} (losses: {picture})")
-        if recipe.prompt:
-            speak = pipeline("text-generation", model=str(output), device=args.device)
-            print(speak(recipe.prompt, max_new_tokens=96, do_sample=False)[0]["generated_text"])
-        print(json.dumps(metrics))
+    metrics["seconds"] = round(time.perf_counter() - begin, 1)
+    if trainer.is_world_process_zero():
+        finish(recipe, trainer, metrics)
     return metrics
 
 
+def finish(recipe: Recipe, trainer: NanoDeepSeekTrainer, metrics: dict[str, float]):
+    """Writes the metrics and the picture, and lets the saved model speak."""
+    output = Path(recipe.output_dir)
+    (output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    picture = plot_losses(trainer.state.log_history, output / "loss.png", title=output.name)
+    print(f"saved: {output} (losses: {picture})")
+    if recipe.prompt:
+        speak = pipeline("text-generation", model=str(output), device=trainer.args.device)
+        print(speak(recipe.prompt, max_new_tokens=96, do_sample=False)[0]["generated_text"])
+    print(json.dumps(metrics))
+
+
 def main(argv: list[str] | None = None):
+    keep_memory()
     recipe = recipe_from_command_line(__doc__.splitlines()[0], argv)
     try:
         run(recipe)
-    except ValueError as error:
+    except (ValueError, StrictDataclassError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -24,18 +24,19 @@ class Section(BaseModel):
 
 
 class ModelSection(Section):
-    """What is trained: a model file of `configuration/models/` (fresh weights) or a checkpoint folder to continue."""
+    """What is trained: a model size by name or file (fresh weights), or a checkpoint folder to continue."""
 
-    config: str | None = None
+    config: str | None = None  # a name in configuration/models/, or the path of a config.json
     checkpoint: str | None = None
+    variant: str | None = None  # a name in configuration/variants.json
     overrides: dict[str, Any] = Field(default_factory=dict)  # config fields, e.g. attention_type: gqa
 
     @model_validator(mode="after")
     def one_origin(self):
         if (self.config is None) == (self.checkpoint is None):
             raise ValueError("give either config (fresh weights) or checkpoint (a folder to continue from)")
-        if self.checkpoint is not None and self.overrides:
-            raise ValueError("overrides go with config; a checkpoint has its own configuration")
+        if self.checkpoint is not None and (self.overrides or self.variant):
+            raise ValueError("variant and overrides go with config; a checkpoint has its own configuration")
         return self
 
 
@@ -113,7 +114,11 @@ class Recipe(Section):
     def known_training_arguments(self):
         known = set(inspect.signature(TrainingArguments).parameters)
         ours = {"output_dir": "output_dir", "bf16": "precision", "fp16": "precision", "optim": "optimizer.name"}
-        ours |= {"learning_rate": "optimizer.matrix_lr", "lr_scheduler_type": "schedule", "warmup_steps": "schedule.warmup"}
+        ours |= {
+            "learning_rate": "optimizer.matrix_lr",
+            "lr_scheduler_type": "schedule",
+            "warmup_steps": "schedule.warmup",
+        }
         for key, value in self.trainer.items():
             if key.endswith("_strategy") and value is False:
                 self.trainer[key] = "no"  # what YAML 1.1 makes of an unquoted no
@@ -148,7 +153,9 @@ def load_recipe(path: str, overrides: list[str] = ()) -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        lines = [f"  {'.'.join(map(str, e['loc'])) or 'recipe'}: {e['msg']} (given {e['input']!r})" for e in error.errors()]
+        lines = [
+            f"  {'.'.join(map(str, e['loc'])) or 'recipe'}: {e['msg']} (given {e['input']!r})" for e in error.errors()
+        ]
         raise ValueError(f"recipe {path!r} cannot be used:\n" + "\n".join(lines)) from None
 
 

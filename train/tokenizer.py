@@ -22,7 +22,8 @@ CHAT_TEMPLATE = """{{ bos_token }}
 {%- for message in messages %}
 {%- if message['role'] == 'system' %}{{ '<|system|>' + message['content'] }}
 {%- elif message['role'] == 'user' %}{{ '<|user|>' + message['content'] }}
-{%- elif message['role'] == 'assistant' %}{{ '<|assistant|>' }}{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}
+{%- elif message['role'] == 'assistant' %}{{ '<|assistant|>' -}}
+{% generation %}{{ message['content'] + eos_token }}{% endgeneration -%}
 {%- else %}{{ raise_exception("unknown role '" + message['role'] + "': use system, user or assistant") }}
 {%- endif %}
 {%- endfor %}

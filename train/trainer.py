@@ -10,7 +10,8 @@ from transformers.trainer_callback import ExportableState, ProgressCallback
 
 from modeling_nanodeepseek import LoadBalancingCallback
 
-from .accounting import matmul_peak, training_flops_per_token
+from .accounting import training_flops_per_token
+from .hardware import matmul_peak
 from .optimizers import build_optimizer
 from .recipe import Recipe, ScheduleSection
 
@@ -95,8 +96,9 @@ class NanoDeepSeekTrainer(Trainer):
         self.remove_callback(ProgressCallback)
         for callback in (self.clock, self.balancing, LineCallback()):
             self.add_callback(callback)
+        # Since the last log: sums of the loss terms, micro-batches' tokens, optimizer steps, and when it was.
         self._terms: dict[str, list[torch.Tensor]] = {}
-        self._tokens = 0
+        self._tokens = self._steps = 0
         self._since = 0.0
         self._flops_per_token = training_flops_per_token(self.model.config, recipe.data.sequence_length)
         dtype = torch.bfloat16 if self.args.bf16 else torch.float32
@@ -124,26 +126,23 @@ class NanoDeepSeekTrainer(Trainer):
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if model.training:
             self._tokens += inputs["input_ids"].numel() * self.args.world_size
+            self._steps += self.accelerator.sync_gradients
             for term in ("ce_loss", "balance_loss"):
-                value = outputs.get(term)
-                if value is not None:
-                    self._terms.setdefault(term, []).append(value.detach())
+                if outputs.get(term) is not None:
+                    self._terms.setdefault(term, []).append(outputs[term].detach())
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args, **kwargs):
-        if "loss" in logs and self._terms:
-            steps = max(1, self.state.global_step - self._logged_step) if hasattr(self, "_logged_step") else None
-            steps = steps or max(1, self.state.global_step)
-            self._logged_step = self.state.global_step
+        if "loss" in logs and self._steps:
             for term, values in self._terms.items():
+                # Micro-batches and ranks hold shares of their batch's mean, so they add up.
                 total = self.accelerator.reduce(torch.stack(values).sum(), reduction="sum")
-                logs[term] = total.item() / steps
-            elapsed = self.clock.spent - self._since
-            logs["tokens_per_second"] = self._tokens / max(elapsed, 1e-9)
+                logs[term] = total.item() / self._steps
+            logs["tokens_per_second"] = self._tokens / max(self.clock.spent - self._since, 1e-9)
             logs["flop_utilisation"] = logs["tokens_per_second"] * self._flops_per_token / self._peak
             if self.balancing.load is not None:
                 logs |= self.balancing.load.metrics()
-            self._terms, self._tokens, self._since = {}, 0, self.clock.spent
+            self._terms, self._tokens, self._steps, self._since = {}, 0, 0, self.clock.spent
         super().log(logs, *args, **kwargs)
 
     @torch.no_grad()
@@ -155,7 +154,9 @@ class NanoDeepSeekTrainer(Trainer):
         model = self._wrap_model(self.model, training=False)
         model.eval()
         nats, targets = 0.0, 0
-        for batch in self.get_eval_dataloader(eval_dataset):
+        batches = self.get_eval_dataloader(eval_dataset)
+        self.callback_handler.eval_dataloader = batches
+        for batch in batches:
             batch = self._prepare_inputs(batch)
             labels = batch.pop("labels")
             with self.compute_loss_context_manager():
@@ -164,6 +165,7 @@ class NanoDeepSeekTrainer(Trainer):
             losses = F.cross_entropy(logits.float().flatten(0, 1), shifted.flatten(), reduction="none").view_as(shifted)
             rows = torch.stack((losses.double().sum(-1), (shifted != -100).sum(-1).double()), -1)
             rows = self.accelerator.gather_for_metrics(rows)
+            self.callback_handler.on_prediction_step(self.args, self.state, self.control)
             nats, targets = nats + rows[:, 0].sum().item(), targets + int(rows[:, 1].sum().item())
         metrics = {f"{metric_key_prefix}_loss": nats / max(targets, 1), f"{metric_key_prefix}_tokens": targets}
         if self.validation_bytes and eval_dataset is None:

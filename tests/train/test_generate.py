@@ -1,0 +1,83 @@
+"""train/generate.py in its modes."""
+
+import io
+import json
+
+import pytest
+
+from tests.train.conftest import TINY_MODEL, small_tokenizer
+from train import generate
+from train.models import build_model
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    model = build_model("small", **TINY_MODEL | {"initializer_range": 0.3, "eos_token_id": 1, "bos_token_id": 0})
+    model.save_pretrained(folder)
+    small_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def test_one_shot_streams_what_it_returns(checkpoint, capsys):
+    writer = generate.Writer(checkpoint, max_new_tokens=10, do_sample=False)
+    written = writer.stream("the quick")
+    assert capsys.readouterr().out.strip() == written.strip() and written
+    generate.main(["--model", checkpoint, "--prompt", "the quick", "--max-new-tokens", "10"])
+    assert capsys.readouterr().out.strip() == written.strip()
+
+
+def test_batch_equals_single_and_keeps_the_order(checkpoint, tmp_path):
+    prompts = ["the quick brown fox jumps over", "a", "seven wizards make", "lazy dog"]
+    (tmp_path / "in.txt").write_text("\n\n".join(prompts) + "\n")
+    arguments = ["--model", checkpoint, "--input", str(tmp_path / "in.txt"), "--output", str(tmp_path / "out.jsonl")]
+    generate.main([*arguments, "--batch-size", "3", "--max-new-tokens", "8"])
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    writer = generate.Writer(checkpoint, max_new_tokens=8, do_sample=False)
+    assert [line["prompt"] for line in lines] == prompts
+    assert [line["completion"] for line in lines] == [writer.write([prompt])[0] for prompt in prompts]
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_interactive(checkpoint, capsys):
+    writer = generate.Writer(checkpoint, max_new_tokens=6, do_sample=False)
+    generate.converse(writer, chat=False, lines=io.StringIO("the quick\n\nlazy dog\n/quit\nnever read\n"))
+    printed = capsys.readouterr().out
+    expected = "".join(writer.write([prompt])[0] for prompt in ("the quick", "lazy dog"))
+    assert printed.replace("\n", "").replace(" ", "") == expected.replace("\n", "").replace(" ", "")
+
+
+def test_a_conversation_carries_its_turns(checkpoint, monkeypatch, capsys):
+    writer = generate.Writer(checkpoint, max_new_tokens=5, do_sample=False)
+    prompts, stream = [], writer.stream
+    monkeypatch.setattr(writer, "stream", lambda text, **k: prompts.append(text) or stream(text, **k))
+    generate.converse(writer, chat=True, lines=io.StringIO("hello\nand\n"))
+    assert prompts[0] == "<|bos|><|user|>hello<|assistant|>"
+    assert prompts[1].startswith(prompts[0]) and prompts[1].endswith("<|eos|><|user|>and<|assistant|>")
+
+
+def test_sampling_follows_the_seed(checkpoint, capsys):
+    outputs = []
+    for seed in ("1", "1", "2"):
+        arguments = ["--model", checkpoint, "--prompt", "the", "--temperature", "1.5", "--seed", seed]
+        generate.main([*arguments, "--max-new-tokens", "12"])
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1] != outputs[2]
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--input", "none.txt", "--output", "o"], ["none.txt", "does not exist"]),
+        (["--prompt", "the fox " * 80], ["tokens", "max_position_embeddings is 64"]),
+    ],
+)
+def test_bad_input_is_named(arguments, words, checkpoint):
+    with pytest.raises(SystemExit) as error:
+        generate.main(["--model", checkpoint, *arguments])
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def test_an_absent_model_is_named():
+    with pytest.raises(SystemExit, match="nowhere"):
+        generate.main(["--model", "./nowhere", "--prompt", "x"])

@@ -1,0 +1,110 @@
+"""The pipeline end to end, as a user runs it, and what it refuses."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+
+from tests.train.conftest import text
+from train import pretrain
+from train.recipe import REPOSITORY
+
+
+@pytest.mark.parametrize("kind", ["mla-moe", "dense_transformer"])
+def test_a_run_from_text_to_text(kind, tiny_recipe, capsys, tmp_path):
+    variant = None if kind == "mla-moe" else kind
+    recipe = tiny_recipe(trainer={"max_steps": 40}, prompt="the quick")
+    recipe.model.variant = variant
+    if variant:
+        recipe.model.overrides.pop("n_routed_experts")
+    metrics = pretrain.run(recipe)
+    assert metrics["eval_bits_per_byte"] < 2.0  # the grammar has one bit per word; an untrained model needs 3
+    printed = capsys.readouterr().out
+    assert "the quick" in printed.splitlines()[-2] or "the quick" in printed
+    output = tmp_path / "run"
+    assert {"config.json", "model.safetensors", "tokenizer.json", "loss.png", "metrics.json"} <= set(os.listdir(output))
+    assert (output / "loss.png").read_bytes().startswith(b"\x89PNG") and (output / "loss.png").stat().st_size > 5000
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(output), AutoTokenizer.from_pretrained(output)
+    assert model.config.eos_token_id == tokenizer.eos_token_id == 1
+    ids = tokenizer(text(5), return_tensors="pt")["input_ids"]
+    assert model(ids, labels=ids).loss < 3.0
+    written = pipeline("text-generation", model=str(output))("the quick", max_new_tokens=8)[0]["generated_text"]
+    assert written.startswith("the quick") and len(written) > len("the quick")
+
+
+def test_continuing_from_a_checkpoint(tiny_recipe, tmp_path):
+    first = pretrain.run(tiny_recipe(trainer={"max_steps": 20}))
+    second = tiny_recipe(
+        output_dir=str(tmp_path / "second"),
+        trainer={"max_steps": 10},
+        optimizer={"matrix_lr": 0.005, "embedding_lr": 0.02, "head_lr": 0.001},
+    )
+    second.model.config, second.model.overrides, second.model.checkpoint = None, {}, str(tmp_path / "run")
+    assert pretrain.run(second)["eval_loss"] < first["eval_loss"]
+
+
+def test_the_command(tiny_recipe, tmp_path):
+    """`accelerate launch -m train.pretrain --config ... field=value`, from another process."""
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(tiny_recipe().model_dump(mode="json")))
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        "configuration/accelerate/single.yaml",
+    ]
+    command = [*launch, "-m", "train.pretrain", "--config", str(file), "trainer.max_steps=3", "optimizer.name=adamw"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "step 2/3" in done.stdout and "bits per byte" in done.stdout
+    assert (tmp_path / "run" / "model.safetensors").is_file()
+
+
+REFUSED = {
+    "empty corpus": ({"data.source": "{empty}"}, ["no file of a known kind"]),
+    "absent corpus": ({"data.source": "{absent}"}, ["absent", "does not exist"]),
+    "short corpus": ({"data.sequence_length": 64, "data.source": "{short}"}, ["less than one sequence of 64"]),
+    "large tokenizer": ({"tokenizer.vocab_size": 600}, ["600 tokens", "vocab_size is only 512"]),
+    "long sequences": ({"data.sequence_length": 128}, ["sequence_length=128", "max_position_embeddings=64"]),
+    "unknown model": ({"model.config": "huge"}, ["'huge' is neither"]),
+    "unknown field": ({"model.overrides": "{hidden_sise: 8}"}, ["hidden_sise", "did you mean 'hidden_size'"]),
+    "impossible field": ({"model.overrides": "{num_attention_heads: 0}"}, ["num_attention_heads=0", "at least 1"]),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_input_ends_in_one_clear_error(case, tiny_recipe, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "short.txt").write_text(" ".join(f"w{i}" for i in range(40)) * 3)
+    places = {"{empty}": "empty", "{absent}": "absent", "{short}": "short.txt"}
+    changes, words = REFUSED[case]
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(tiny_recipe().model_dump(mode="json")))
+    arguments = [f"{key}={tmp_path / places[v] if v in places else v}" for key, v in changes.items()]
+    with pytest.raises(SystemExit) as error:
+        pretrain.main(["--config", str(file), *arguments])
+    message = str(error.value)
+    assert message.startswith("error: ")
+    for word in words:
+        assert word in message, message
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_a_failed_run_leaves_the_last_one_alone(tiny_recipe, tmp_path):
+    pretrain.run(tiny_recipe())
+    before = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir() if p.is_file()}
+    with pytest.raises(ValueError):
+        pretrain.run(tiny_recipe(tokenizer={"vocab_size": 600}))
+    assert before == {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir() if p.is_file()}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_same_recipe_uses_a_gpu(tiny_recipe):
+    recipe = tiny_recipe()
+    assert pretrain.training_arguments(recipe).device.type == "cuda"
+    assert pretrain.run(recipe)["eval_loss"] < 7

@@ -1,0 +1,77 @@
+"""Recipes: strict fields, overrides, and errors that name the place."""
+
+import pytest
+
+from train.recipe import REPOSITORY, load_recipe
+
+GOOD = """
+output_dir: out
+model: {config: configuration/models/small.json}
+data: {source: stdlib, sequence_length: 64}
+trainer: {max_steps: 3, eval_strategy: no}
+"""
+
+
+@pytest.fixture
+def recipe_file(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(GOOD)
+    return str(file)
+
+
+def test_shipped_recipes_load():
+    recipes = sorted((REPOSITORY / "configuration" / "recipes").glob("*.yaml"))
+    assert "quickstart" in {recipe.stem for recipe in recipes}
+    for recipe in recipes:
+        load_recipe(str(recipe))
+
+
+def test_overrides_of_any_field(recipe_file):
+    changes = [
+        "optimizer.matrix_lr=1e-3",
+        "--trainer.max_steps=7",
+        "model.overrides.attention_type=gqa",
+        "data.source=[a.txt, b.txt]",
+        "data.validation={dataset: x, split: test}",
+        "tokenizer.path=some/where",
+        "schedule.max_seconds=null",
+    ]
+    recipe = load_recipe(recipe_file, changes)
+    assert recipe.optimizer.matrix_lr == 1e-3 and recipe.trainer == {"max_steps": 7, "eval_strategy": "no"}
+    assert recipe.model.overrides == {"attention_type": "gqa"} and recipe.data.source == ["a.txt", "b.txt"]
+    assert recipe.data.validation == {"dataset": "x", "split": "test"} and recipe.tokenizer.path == "some/where"
+
+
+@pytest.mark.parametrize(
+    "override, words",
+    [
+        ("optimizer.matrix_rl=1", ["optimizer.matrix_rl", "not permitted", "1"]),
+        ("optimiser.name=muon", ["optimiser", "not permitted"]),
+        ("optimizer.name=sgd", ["optimizer.name", "'muon' or 'adamw'", "sgd"]),
+        ("optimizer.matrix_lr=-1", ["optimizer.matrix_lr", "greater than or equal to 0"]),
+        ("optimizer.matrix_lr=fast", ["optimizer.matrix_lr", "valid number", "fast"]),
+        ("data.sequence_length=1", ["data.sequence_length", "greater than or equal to 2"]),
+        ("trainer.max_step=3", ["trainer.max_step", "did you mean 'max_steps'"]),
+        ("trainer.bf16=true", ["trainer.bf16", "precision"]),
+        ("model.checkpoint=x", ["model", "either config"]),
+        ("schedule.warmup=0.9", ["warmup + decay", "exceeds"]),
+        ("max_steps", ["field=value"]),
+        ("output_dir.deep=1", ["not a section"]),
+    ],
+)
+def test_mistakes_are_named(recipe_file, override, words):
+    with pytest.raises(ValueError) as error:
+        load_recipe(recipe_file, [override])
+    for word in words:
+        assert word in str(error.value), str(error.value)
+
+
+def test_unreadable_recipes(tmp_path):
+    with pytest.raises(ValueError, match="does not exist"):
+        load_recipe(str(tmp_path / "none.yaml"))
+    (tmp_path / "bad.yaml").write_text("a: [1")
+    with pytest.raises(ValueError, match="not valid YAML"):
+        load_recipe(str(tmp_path / "bad.yaml"))
+    (tmp_path / "list.yaml").write_text("- 1")
+    with pytest.raises(ValueError, match="must be a mapping"):
+        load_recipe(str(tmp_path / "list.yaml"))

@@ -1,0 +1,47 @@
+"""One call to any model size, with toggles.
+
+build_model("small")                                   # configuration/models/small.json, fresh weights
+build_model("base", variant="dense_transformer")       # its plain Transformer twin
+build_model("small", num_hidden_layers=2)              # any config field
+"""
+
+import json
+from pathlib import Path
+
+from modeling_nanodeepseek import NanoDeepSeekConfig, NanoDeepSeekForCausalLM
+
+CONFIGURATION = Path(__file__).resolve().parent.parent / "configuration"
+
+
+def model_files() -> dict[str, Path]:
+    """The sizes that ship, by name."""
+    return {path.stem: path for path in sorted((CONFIGURATION / "models").glob("*.json"))}
+
+
+def variants() -> dict[str, dict]:
+    """The named sets of toggles of `configuration/variants.json`."""
+    return json.loads((CONFIGURATION / "variants.json").read_text())
+
+
+def build_config(model: str, variant: str | None = None, **toggles) -> NanoDeepSeekConfig:
+    """The config of a size.
+
+    Args:
+        model: a name (`small`) or the path of a config.json.
+        variant: `dense_transformer`, `mla_only`, `moe_only`: toggles by name.
+        toggles: config fields that override both.
+
+    Raises: ValueError if there is no such model or variant; the config's own errors for impossible fields.
+    """
+    path = model_files().get(model, Path(model).expanduser())
+    if not path.is_file():
+        raise ValueError(f"model {model!r} is neither a file nor one of {', '.join(model_files())}")
+    known = variants()
+    if variant is not None and variant not in known:
+        raise ValueError(f"variant {variant!r} is not one of {', '.join(known)}")
+    return NanoDeepSeekConfig.from_dict(json.loads(path.read_text()) | known.get(variant, {}) | toggles)
+
+
+def build_model(model: str, variant: str | None = None, **toggles) -> NanoDeepSeekForCausalLM:
+    """A model of that size with fresh weights; arguments as for `build_config`."""
+    return NanoDeepSeekForCausalLM(build_config(model, variant, **toggles))
