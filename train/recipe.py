@@ -44,7 +44,7 @@ class TokenizerSection(Section):
     """`path` of a tokenizer to use; without it a byte-level BPE of `vocab_size` tokens is trained on the data."""
 
     path: str | None = None
-    vocab_size: int = Field(default=4096, ge=512)
+    vocab_size: int = Field(default=4096, ge=272)  # 256 bytes, special tokens, and something to learn
     train_megabytes: float = Field(default=20.0, gt=0)  # at most so much text is read to train it
 
 

@@ -28,7 +28,7 @@ def small_tokenizer():
 
 
 TINY_MODEL = {
-    "vocab_size": 512,
+    "vocab_size": 320,
     "hidden_size": 32,
     "intermediate_size": 48,
     "num_hidden_layers": 2,
@@ -65,7 +65,7 @@ def tiny_recipe(tmp_path, corpus):
         values = {
             "output_dir": str(tmp_path / "run"),
             "model": {"config": "small", "overrides": TINY_MODEL},
-            "tokenizer": {"vocab_size": 512},
+            "tokenizer": {"vocab_size": 320},
             "data": {"source": str(corpus), "sequence_length": 32, "validation_share": 0.1},
             "threads": 1,
             "trainer": {

@@ -68,8 +68,8 @@ def test_the_command(tiny_recipe, tmp_path):
 REFUSED = {
     "empty corpus": ({"data.source": "{empty}"}, ["no file of a known kind"]),
     "absent corpus": ({"data.source": "{absent}"}, ["absent", "does not exist"]),
-    "short corpus": ({"data.sequence_length": 64, "data.source": "{short}"}, ["less than one sequence of 64"]),
-    "large tokenizer": ({"tokenizer.vocab_size": 600}, ["600 tokens", "vocab_size is only 512"]),
+    "short corpus": ({"data.sequence_length": 64, "tokenizer.vocab_size": 280, "data.source": "{short}"}, ["less than one sequence of 64"]),
+    "large tokenizer": ({"tokenizer.vocab_size": 330}, ["330 tokens", "vocab_size is only 320"]),
     "long sequences": ({"data.sequence_length": 128}, ["sequence_length=128", "max_position_embeddings=64"]),
     "unknown model": ({"model.config": "huge"}, ["'huge' is neither"]),
     "unknown field": ({"model.overrides": "{hidden_sise: 8}"}, ["hidden_sise", "did you mean 'hidden_size'"]),
@@ -99,7 +99,7 @@ def test_a_failed_run_leaves_the_last_one_alone(tiny_recipe, tmp_path):
     pretrain.run(tiny_recipe())
     before = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir() if p.is_file()}
     with pytest.raises(ValueError):
-        pretrain.run(tiny_recipe(tokenizer={"vocab_size": 600}))
+        pretrain.run(tiny_recipe(tokenizer={"vocab_size": 330}))
     assert before == {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir() if p.is_file()}
 
 
