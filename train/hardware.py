@@ -25,6 +25,14 @@ def keep_memory():
             mallopt(TRIM_THRESHOLD, KEEP)
 
 
+def use_threads(count: int | None = None) -> int:
+    """Sets torch's CPU threads: `count`, or this process's share of the cores. Launchers often leave one thread only."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(count or max(1, cores // processes))
+    return torch.get_num_threads()
+
+
 def multiplies_bf16(device: torch.device) -> bool:
     """Whether the device multiplies bf16 natively: recent GPUs, and CPUs with AMX. Elsewhere fp32 is faster."""
     if device.type == "cuda":

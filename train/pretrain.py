@@ -17,7 +17,7 @@ from modeling_nanodeepseek import NanoDeepSeekForCausalLM
 
 from .accounting import count_parameters
 from .data import collate, hold_out, load_documents, pack
-from .hardware import keep_memory, multiplies_bf16
+from .hardware import keep_memory, multiplies_bf16, use_threads
 from .models import build_model
 from .recipe import Recipe, recipe_from_command_line, resolve
 from .report import plot_losses
@@ -114,8 +114,7 @@ def describe(trainer: NanoDeepSeekTrainer) -> str:
 def run(recipe: Recipe) -> dict[str, float]:
     """Runs a recipe; returns the final metrics."""
     begin = time.perf_counter()
-    if recipe.threads:
-        torch.set_num_threads(recipe.threads)
+    use_threads(recipe.threads)
     args = training_arguments(recipe)
     trainer = build_trainer(recipe, args)
     if trainer.is_world_process_zero():

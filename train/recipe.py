@@ -106,7 +106,7 @@ class Recipe(Section):
     schedule: ScheduleSection = Field(default_factory=ScheduleSection)
     balance: BalanceSection = Field(default_factory=BalanceSection)
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the hardware multiplies it natively
-    threads: int | None = Field(default=None, ge=1)  # CPU threads; default: what torch finds
+    threads: int | None = Field(default=None, ge=1)  # CPU threads; default: this process's share of the cores
     prompt: str | None = None  # text to continue when the run has ended
     trainer: dict[str, Any] = Field(default_factory=dict)  # fields of transformers.TrainingArguments
 

@@ -68,7 +68,10 @@ def test_the_command(tiny_recipe, tmp_path):
 REFUSED = {
     "empty corpus": ({"data.source": "{empty}"}, ["no file of a known kind"]),
     "absent corpus": ({"data.source": "{absent}"}, ["absent", "does not exist"]),
-    "short corpus": ({"data.sequence_length": 64, "tokenizer.vocab_size": 280, "data.source": "{short}"}, ["less than one sequence of 64"]),
+    "short corpus": (
+        {"data.sequence_length": 64, "tokenizer.vocab_size": 280, "data.source": "{short}"},
+        ["less than one sequence of 64"],
+    ),
     "large tokenizer": ({"tokenizer.vocab_size": 330}, ["330 tokens", "vocab_size is only 320"]),
     "long sequences": ({"data.sequence_length": 128}, ["sequence_length=128", "max_position_embeddings=64"]),
     "unknown model": ({"model.config": "huge"}, ["'huge' is neither"]),
