@@ -26,7 +26,7 @@ def keep_memory():
 
 
 def use_threads(count: int | None = None) -> int:
-    """Sets torch's CPU threads: `count`, or this process's share of the cores. Launchers often leave one thread only."""
+    """Sets torch's CPU threads: `count`, or this process's share of the cores. Launchers often leave it only one."""
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     torch.set_num_threads(count or max(1, cores // processes))

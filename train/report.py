@@ -20,8 +20,7 @@ def plot_losses(history: list[dict], path: Path, title: str) -> Path:
         right = axis.twinx()
         right.set_ylabel("validation bits per byte")
         lines += right.plot(*zip(*validation), color="tab:orange", marker="o", markersize=4, label="validation")
-        step, value = validation[-1]
-        right.annotate(f"{value:.3f}", (step, value), xytext=(-8, 8), textcoords="offset points", ha="right")
+        axis.set_title(f"{title}: {validation[-1][1]:.3f} bits per byte")
     axis.legend(handles=lines, loc="upper right")
     figure.savefig(path, dpi=130)
     plt.close(figure)
