@@ -51,6 +51,11 @@ class NanoDeepSeekCausalLMOutput(ModelOutput):
     balance_loss: torch.Tensor | None = None
 
 
+def real_token_mask(attention_mask: torch.Tensor | None, length: int) -> torch.Tensor | None:
+    """The part of a 2-D padding mask [B, S] that is about the last `length` tokens, [B, length]; None without one."""
+    return attention_mask[:, -length:] if attention_mask is not None and attention_mask.ndim == 2 else None
+
+
 class NanoDeepSeekDecoderLayer(GradientCheckpointingLayer):
     """x += Attention(norm x); x += FeedForward(norm x). Shapes: [B, T, d] -> [B, T, d]."""
 
@@ -200,7 +205,7 @@ class NanoDeepSeekModel(NanoDeepSeekPreTrainedModel):
                 **kwargs,
             )
         if self.training:
-            self._count_expert_load(attention_mask)
+            self._count_expert_load(real_token_mask(attention_mask, hidden_states.shape[1]))
         return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
     def _check_token_ids(self, input_ids: torch.LongTensor):
@@ -211,9 +216,8 @@ class NanoDeepSeekModel(NanoDeepSeekPreTrainedModel):
             wrong = low if low < 0 else high
             raise ValueError(f"Token id {wrong} is outside the vocabulary: ids lie in 0..{self.vocab_size - 1}.")
 
-    def _count_expert_load(self, attention_mask: torch.Tensor | None):
+    def _count_expert_load(self, real_tokens: torch.Tensor | None):
         # Here and not in the router: gradient checkpointing runs routers a second time, this method never.
-        real_tokens = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
         for layer in self.layers:
             if isinstance(layer.mlp, DeepseekMoE):
                 layer.mlp.gate.count(real_tokens)
@@ -297,7 +301,7 @@ class NanoDeepSeekForCausalLM(NanoDeepSeekPreTrainedModel, GenerationMixin):
         targets = labels[..., 1:] if shift_labels is None else shift_labels
         targets_per_sequence = (targets != -100).sum(-1).float()
         total = targets_per_sequence.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-        real_tokens = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
+        real_tokens = real_token_mask(attention_mask, labels.shape[-1])
         if torch.is_grad_enabled() and not any(logits.requires_grad for logits in router_logits):
             frozen = not any(layer.weight.requires_grad for layer in self.modules() if isinstance(layer, TopkRouter))
             if not frozen:

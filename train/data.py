@@ -156,7 +156,7 @@ def pack(documents: Dataset, tokenizer: PreTrainedTokenizerBase, sequence_length
 
     def pack_batch(texts: list[str]) -> dict[str, list[list[int]]]:
         ids, positions = [], []
-        for tokens in tokenizer(texts, add_special_tokens=False)["input_ids"]:
+        for tokens in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]:
             tokens = [bos, *tokens, eos]
             while len(tokens) > 1:
                 room = sequence_length - len(ids) % sequence_length
