@@ -19,6 +19,7 @@ from .accounting import count_parameters
 from .data import collate, hold_out, load_documents, pack
 from .hardware import keep_memory, multiplies_bf16, use_threads
 from .models import build_model
+from .optimizers import parameter_groups
 from .recipe import Recipe, recipe_from_command_line, resolve
 from .report import plot_losses
 from .tokenizer import train_tokenizer
@@ -29,7 +30,8 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     device = TrainingArguments(output_dir=recipe.output_dir, report_to=[]).device
     bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and multiplies_bf16(device))
     settings = {"report_to": ["tensorboard"], "remove_unused_columns": False, "label_names": ["labels"]}
-    return TrainingArguments(output_dir=recipe.output_dir, bf16=bf16, **settings | recipe.trainer)
+    settings |= {"bf16": bf16, "use_cpu": device.type == "cpu"}  # bf16 on a CPU must be asked for by name
+    return TrainingArguments(output_dir=recipe.output_dir, **settings | recipe.trainer)
 
 
 def load_data(recipe: Recipe):
@@ -100,14 +102,20 @@ def build_trainer(recipe: Recipe, args: TrainingArguments) -> NanoDeepSeekTraine
 
 
 def describe(trainer: NanoDeepSeekTrainer) -> str:
-    """What is about to run, in three lines."""
+    """What is about to run: model, data, machine, and each parameter group with its optimizer and rate."""
     args, counts = trainer.args, count_parameters(trainer.model.config)
     rows, held_out = len(trainer.train_dataset), len(trainer.eval_dataset)
     length, precision = trainer.recipe.data.sequence_length, "bf16" if args.bf16 else "fp32"
+    groups = [
+        f"{group['name']} {sum(p.numel() for p in group['params']):,} by {'Muon' if group['muon'] else 'AdamW'}"
+        f" at {group['lr']:g}"
+        for group in parameter_groups(trainer.model, trainer.recipe.optimizer)
+    ]
     return (
         f"model: {counts['total']:,} parameters, {counts['active']:,} active per token\n"
         f"data: {rows:,} training and {held_out:,} validation rows of {length} tokens\n"
-        f"machine: {args.device}, {precision}, {torch.get_num_threads()} threads"
+        f"machine: {args.device}, {precision}, {torch.get_num_threads()} threads\n"
+        f"optimizer: {'; '.join(groups)}"
     )
 
 

@@ -65,6 +65,20 @@ def test_the_command(tiny_recipe, tmp_path):
     assert (tmp_path / "run" / "model.safetensors").is_file()
 
 
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_bf16_trains_like_fp32(optimizer, tiny_recipe):
+    """Autocast to bf16: the same course to two digits, weights and router biases still fp32."""
+    rates = {"name": optimizer, "matrix_lr": 0.02 if optimizer == "muon" else 0.003, "embedding_lr": 0.02}
+    losses = {}
+    for precision in ("fp32", "bf16"):
+        recipe = tiny_recipe(precision=precision, optimizer=rates, trainer={"max_steps": 20})
+        trainer = pretrain.build_trainer(recipe, pretrain.training_arguments(recipe))
+        trainer.train()
+        assert {t.dtype for t in (*trainer.model.parameters(), *trainer.model.buffers())} == {torch.float32}
+        losses[precision] = trainer.evaluate()["eval_loss"]
+    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.02) and losses["fp32"] < 5.0
+
+
 REFUSED = {
     "empty corpus": ({"data.source": "{empty}"}, ["no file of a known kind"]),
     "absent corpus": ({"data.source": "{absent}"}, ["absent", "does not exist"]),
