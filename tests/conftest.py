@@ -11,6 +11,7 @@ import torch
 from torch.utils._device import _device_constructors
 
 from modeling_nanodeepseek import NanoDeepSeekConfig, NanoDeepSeekForCausalLM
+from tests.small_run import corpus, tiny_recipe  # noqa: F401  (fixtures)
 
 torch.set_num_threads(1)  # tests are small, and run two at a time
 

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoTokenizer, TrainingArguments, pipeline, set_seed
 
@@ -27,10 +28,11 @@ from .trainer import NanoDeepSeekTrainer
 
 
 def training_arguments(recipe: Recipe) -> TrainingArguments:
-    device = TrainingArguments(output_dir=recipe.output_dir, report_to=[]).device
+    on_cpu = recipe.trainer.get("use_cpu", False) or not torch.accelerator.is_available()
+    device = torch.device("cpu") if on_cpu else torch.accelerator.current_accelerator()
     bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and multiplies_bf16(device))
     settings = {"report_to": ["tensorboard"], "remove_unused_columns": False, "label_names": ["labels"]}
-    settings |= {"bf16": bf16, "use_cpu": device.type == "cpu"}  # bf16 on a CPU must be asked for by name
+    settings |= {"bf16": bf16, "use_cpu": on_cpu}  # bf16 on a CPU must be asked for by name
     return TrainingArguments(output_dir=recipe.output_dir, **settings | recipe.trainer)
 
 
@@ -134,6 +136,7 @@ def run(recipe: Recipe) -> dict[str, float]:
     metrics["seconds"] = round(time.perf_counter() - begin, 1)
     if trainer.is_world_process_zero():
         finish(recipe, trainer, metrics)
+    trainer.accelerator.wait_for_everyone()
     return metrics
 
 
@@ -156,6 +159,8 @@ def main(argv: list[str] | None = None):
         run(recipe)
     except (ValueError, StrictDataclassError) as error:
         sys.exit(f"error: {error}")
+    finally:
+        PartialState().destroy_process_group()
 
 
 if __name__ == "__main__":

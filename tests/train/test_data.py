@@ -6,7 +6,7 @@ import pytest
 import torch
 from datasets import Dataset, load_dataset
 
-from tests.train.conftest import small_tokenizer
+from tests.small_run import small_tokenizer
 from train.data import collate, hold_out, load_documents, pack
 
 

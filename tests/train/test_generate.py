@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from tests.train.conftest import TINY_MODEL, small_tokenizer
+from tests.small_run import TINY_MODEL, small_tokenizer
 from train import generate
 from train.models import build_model
 

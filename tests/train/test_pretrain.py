@@ -9,7 +9,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
-from tests.train.conftest import text
+from tests.small_run import text
 from train import pretrain
 from train.recipe import REPOSITORY
 

@@ -3,7 +3,7 @@
 import pytest
 from transformers import AutoTokenizer
 
-from tests.train.conftest import small_tokenizer
+from tests.small_run import small_tokenizer
 from train.tokenizer import train_tokenizer
 
 

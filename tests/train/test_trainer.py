@@ -93,7 +93,7 @@ def test_accumulation_is_the_same_run(tiny_recipe):
 
 
 def pretrain_overrides(**more):
-    from tests.train.conftest import TINY_MODEL
+    from tests.small_run import TINY_MODEL
 
     return TINY_MODEL | more
 
