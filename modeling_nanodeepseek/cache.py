@@ -60,8 +60,9 @@ class GrowingLayer(DynamicLayer):
         self._buffers = buffers
 
     def reset(self):
-        super().reset()
-        self._buffers = None
+        """Forgets everything; the next update starts anew."""
+        self.keys = self.values = self._buffers = None
+        self.is_initialized = False
 
     def nbytes(self) -> int:
         """Bytes of the states held; the reserve is not counted."""

@@ -14,7 +14,7 @@ from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeModelOutputWithPast
-from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
+from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
@@ -255,7 +255,7 @@ class NanoDeepSeekForCausalLM(NanoDeepSeekPreTrainedModel, GenerationMixin):
 
         Args:
             labels: [B, T], the input ids with -100 where nothing is to be learned; shifted here.
-            logits_to_keep: compute the logits of the last so many tokens only; 0 is all.
+            logits_to_keep: compute the logits of the last so many tokens only, or of these positions; 0 is all.
             num_items_in_batch: targets in the whole optimizer batch; every loss term is then a sum divided by it, so
                 that micro-batches add up to the batch. Trainer passes it.
         """
@@ -271,7 +271,8 @@ class NanoDeepSeekForCausalLM(NanoDeepSeekPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = ce_loss = balance_loss = None
         if labels is not None:
             loss = ce_loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size, **kwargs)

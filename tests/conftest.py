@@ -86,6 +86,12 @@ def assert_close(expected: torch.Tensor, actual: torch.Tensor, tolerance: float,
     assert ratio <= tolerance, f"{what}: relative RMS {ratio:.2e} > {tolerance:.0e}"  # NaN fails too
 
 
+def checkpoint_activations(model, **settings):
+    """Gradient checkpointing under the name this release of transformers gives it."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable(settings or None)
+
+
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch):
     """Fresh memory holds NaN, so that a number that was never written shows."""

@@ -7,7 +7,7 @@ import torch
 
 from modeling_nanodeepseek import LoadBalancingCallback, update_expert_bias
 from modeling_nanodeepseek.balancing import ExpertLoad, routers
-from tests.conftest import tiny_model, tokens
+from tests.conftest import checkpoint_activations, tiny_model, tokens
 
 
 def biases(model) -> torch.Tensor:
@@ -74,7 +74,7 @@ def test_evaluation_and_inference_are_not_counted():
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing_counts_once(reentrant):
     plain, checkpointed = tiny_model().train(), tiny_model(aux_loss_alpha=0.0).train()
-    checkpointed.activation_checkpointing_enable({"use_reentrant": reentrant})
+    checkpoint_activations(checkpointed, use_reentrant=reentrant)
     if reentrant:
         checkpointed.enable_input_require_grads()
     for model in (plain, checkpointed):

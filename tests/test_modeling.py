@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from transformers import AutoModel, AutoModelForCausalLM
 
 from modeling_nanodeepseek import NanoDeepSeekForCausalLM, NanoDeepSeekModel
-from tests.conftest import assert_close, rms_ratio, tiny_config, tiny_model, tokens
+from tests.conftest import assert_close, checkpoint_activations, rms_ratio, tiny_config, tiny_model, tokens
 
 ATTENTION = {
     "mla": {},
@@ -179,7 +179,7 @@ def test_gradient_checkpointing_changes_nothing():
     for checkpointing in (False, True):
         model = tiny_model(aux_loss_alpha=0.5, router_noise=0.2).train()
         if checkpointing:
-            model.activation_checkpointing_enable()
+            checkpoint_activations(model)
         torch.manual_seed(5)
         output = model(ids, labels=ids)
         output.loss.backward()
@@ -191,7 +191,7 @@ def test_gradient_checkpointing_changes_nothing():
 
 def test_reentrant_checkpointing_does_not_lose_the_balance_loss_silently():
     model = tiny_model().train()
-    model.activation_checkpointing_enable({"use_reentrant": True})
+    checkpoint_activations(model, use_reentrant=True)
     model.enable_input_require_grads()
     with pytest.raises(ValueError, match="use_reentrant"):
         model(tokens(), labels=tokens())

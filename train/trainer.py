@@ -34,6 +34,12 @@ class Clock(TrainerCallback, ExportableState):
         self.spent = spent
         self._last: float | None = None
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        # A resumed run's state holds what its checkpoint saved; transformers itself restores it on request only.
+        saved = state.stateful_callbacks.get(type(self).__name__)
+        if saved is not None:
+            self.spent = max(self.spent, saved["args"]["spent"])
+
     def on_step_begin(self, args, state, control, **kwargs):
         self._last = time.perf_counter()
 
@@ -88,13 +94,12 @@ class NanoDeepSeekTrainer(Trainer):
         self.recipe = recipe
         self.validation_bytes = validation_bytes
         super().__init__(*args, **kwargs)
-        self.clock = Clock(recipe.schedule.max_seconds)
         balance = recipe.balance
         self.balancing = LoadBalancingCallback(
             lambda done: balance.gamma if self.progress(done) < balance.freeze_at else 0.0, balance.centre
         )
         self.remove_callback(ProgressCallback)
-        for callback in (self.clock, self.balancing, LineCallback()):
+        for callback in (Clock(recipe.schedule.max_seconds), self.balancing, LineCallback()):
             self.add_callback(callback)
         # Since the last log: sums of the loss terms, micro-batches' tokens, optimizer steps, and when it was.
         self._terms: dict[str, list[torch.Tensor]] = {}
@@ -103,6 +108,11 @@ class NanoDeepSeekTrainer(Trainer):
         self._flops_per_token = training_flops_per_token(self.model.config, recipe.data.sequence_length)
         dtype = torch.bfloat16 if self.args.bf16 else torch.float32
         self._peak = matmul_peak(self.args.device, dtype) * self.args.world_size
+
+    @property
+    def clock(self) -> Clock:
+        """The clock in use; transformers may replace callbacks when it resumes."""
+        return next(callback for callback in self.callback_handler.callbacks if isinstance(callback, Clock))
 
     def progress(self, share_of_steps: float) -> float:
         """Share of the run that is over: by steps or by time, whichever is further."""

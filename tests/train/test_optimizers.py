@@ -19,6 +19,7 @@ def test_every_parameter_is_in_one_group():
     assert all("norm" in name or name.endswith("mlp.gate.weight") for name in inside["scalars"])
     assert {"model.layers.1.mlp.experts.down_proj", "model.layers.0.self_attn.kv_b_proj.weight"} <= inside["matrices"]
     assert [kind for kind, group in groups.items() if group["muon"]] == ["matrices", "gate_up"]
+    assert {kind for kind, group in groups.items() if group["row_blocks"] == 2} == {"gate_up"}
     assert [kind for kind, group in groups.items() if group["weight_decay"]] == ["matrices", "gate_up"]
 
 

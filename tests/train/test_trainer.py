@@ -136,9 +136,25 @@ def test_resume_equals_uninterrupted(tiny_recipe, tmp_path):
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
     for (name, a), (_, b) in zip(whole.model.state_dict().items(), resumed.model.state_dict().items()):
         assert torch.equal(a, b), name
-    state = TrainerState.load_from_json(tmp_path / "whole" / "checkpoint-3" / "trainer_state.json")
-    assert state.stateful_callbacks["Clock"]["args"]["spent"] > 0
-    assert resumed.clock.spent > state.stateful_callbacks["Clock"]["args"]["spent"]
+
+
+@pytest.mark.parametrize("restored_by_transformers", [False, True])
+def test_the_clock_goes_on_after_a_resume(restored_by_transformers, tiny_recipe, tmp_path):
+    """A run that had used up its time stops after one step, fully decayed."""
+    save = {
+        "save_strategy": "steps",
+        "save_steps": 3,
+        "restore_callback_states_from_checkpoint": restored_by_transformers,
+    }
+    recipe = tiny_recipe(trainer=save, schedule={"max_seconds": 1000.0})
+    train(recipe)
+    checkpoint = tmp_path / "run" / "checkpoint-3"
+    state = TrainerState.load_from_json(checkpoint / "trainer_state.json")
+    assert 0 < state.stateful_callbacks["Clock"]["args"]["spent"] < 100
+    state.stateful_callbacks["Clock"]["args"]["spent"] = 1000.0
+    state.save_to_json(checkpoint / "trainer_state.json")
+    resumed = train(recipe, resume_from_checkpoint=str(checkpoint))
+    assert resumed.state.global_step == 4 and 1000 < resumed.clock.spent < 1100
 
 
 def test_flops_by_hand():
