@@ -45,8 +45,14 @@ class Clock(TrainerCallback, ExportableState):
 
     def on_step_end(self, args, state, control, **kwargs):
         self.spent += time.perf_counter() - self._last
-        if self.max_seconds is not None and self.spent >= self.max_seconds:
-            control.should_training_stop = True
+        if self.max_seconds is None:
+            return
+        if args.world_size > 1:
+            # One clock for all: ranks that stopped at different steps, or stepped at different rates, would be lost.
+            spent = torch.tensor(self.spent, dtype=torch.float32, device=args.device)
+            torch.distributed.broadcast(spent, src=0)
+            self.spent = spent.item()
+        control.should_training_stop |= self.spent >= self.max_seconds
 
     def state(self) -> dict:
         return {"args": {"max_seconds": self.max_seconds, "spent": self.spent}, "attributes": {}}
@@ -104,7 +110,7 @@ class NanoDeepSeekTrainer(Trainer):
         # Since the last log: sums of the loss terms, micro-batches' tokens, optimizer steps, and when it was.
         self._terms: dict[str, list[torch.Tensor]] = {}
         self._tokens = self._steps = 0
-        self._since = 0.0
+        self._since: float | None = None
         self._flops_per_token = training_flops_per_token(self.model.config, recipe.data.sequence_length)
         dtype = torch.bfloat16 if self.args.bf16 else torch.float32
         self._peak = matmul_peak(self.args.device, dtype) * self.args.world_size
@@ -135,6 +141,7 @@ class NanoDeepSeekTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if model.training:
+            self._since = self.clock.spent if self._since is None else self._since
             self._tokens += inputs["input_ids"].numel() * self.args.world_size
             self._steps += self.accelerator.sync_gradients
             for term in ("ce_loss", "balance_loss"):
@@ -152,7 +159,7 @@ class NanoDeepSeekTrainer(Trainer):
             logs["flop_utilisation"] = logs["tokens_per_second"] * self._flops_per_token / self._peak
             if self.balancing.load is not None:
                 logs |= self.balancing.load.metrics()
-            self._terms, self._tokens, self._steps, self._since = {}, 0, 0, self.clock.spent
+            self._terms, self._tokens, self._steps, self._since = {}, 0, 0, None
         super().log(logs, *args, **kwargs)
 
     @torch.no_grad()
