@@ -29,14 +29,17 @@ def eager_attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """softmax(scaling * q k^T + mask) v, with the weights returned: the reference for every other backend.
 
-    Shapes: query [B, H, T, D], key [B, Hkv, S, D], value [B, Hkv, S, Dv], mask [B, 1, T, S] additive or None ->
+    Shapes: query [B, H, T, D], key [B, Hkv, S, D], value [B, Hkv, S, Dv], mask [B, 1, T, S] additive or
+    boolean (True is visible) or None ->
     [B, T, H, Dv] and weights [B, H, T, S]. The softmax is in fp32 (fp64 for fp64 inputs).
     """
     if query.shape[1] != key.shape[1]:
         key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
         value = value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
     scores = (query @ key.mT) * scaling
-    if attention_mask is not None:
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    elif attention_mask is not None:
         scores = scores + attention_mask
     weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
     weights = F.dropout(weights, p=dropout, training=module.training)

@@ -11,9 +11,8 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from .configuration_nanodeepseek import NanoDeepSeekConfig
 
-GROWTH = (
-    1.25  # of the length, when the reserve is used up: on average each row is copied at most 1/(GROWTH-1) = 4 times
-)
+# Of the length, when the reserve is used up: on average each row is copied at most 1 / (GROWTH - 1) = 4 times.
+GROWTH = 1.25
 RESERVE = 64  # tokens, at least
 
 
@@ -30,8 +29,8 @@ class GrowingLayer(DynamicLayer):
         """Appends states [B, heads, T, width] and returns all of them, [B, heads, S + T, width]."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        if key_states.requires_grad:
-            # A buffer written in place would be saved for backward and then overwritten; autograd needs new tensors.
+        if torch.is_grad_enabled():
+            # Attention saves what it read for backward; a buffer written in place would change it afterwards.
             return super().update(key_states, value_states)
         past = self.get_seq_length()
         length = past + key_states.shape[-2]
@@ -96,5 +95,5 @@ class LatentCache(Cache):
         return sum(layer.nbytes() for layer in self.layers)
 
     def reserved_nbytes(self) -> int:
-        """Bytes taken from the allocator; at most GROWTH times `nbytes()` once the reserve of 64 tokens is exceeded."""
+        """Bytes taken from the allocator: of the longest state so far, up to GROWTH times that and 64 tokens more."""
         return sum(layer.reserved_nbytes() for layer in self.layers)

@@ -7,6 +7,7 @@ its value and what is allowed.
 """
 
 import difflib
+import math
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -23,9 +24,19 @@ FAMILY_DEFAULTS = {
     "deepseek_v3": {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "norm_topk_prob": True},
 }
 
+# What rope_parameters must and may hold, by type.
+ROPE_FIELDS = {
+    "default": ({"rope_type", "rope_theta"}, set()),
+    "linear": ({"rope_type", "rope_theta", "factor"}, set()),
+    "yarn": (
+        {"rope_type", "rope_theta", "factor", "original_max_position_embeddings"},
+        {"beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor", "truncate"},
+    ),
+}
+
 # Keys that published config files and transformers carry beside the fields of a config class.
 KNOWN_EXTRA_KEYS = {
-    "auto_map", "model_type", "quantization_config", "torch_dtype", "num_labels", "name_or_path",
+    "auto_map", "quantization_config", "torch_dtype", "num_labels", "name_or_path",
     "rope_scaling", "rope_theta", "output_attentions", "attn_implementation", "experts_implementation",
     "per_layer_config", "is_causal", "tie_last_hidden_states", "transformers_weights",
     "trust_remote_code", "loss_type", "mlp_bias", "qk_head_dim",
@@ -62,7 +73,8 @@ class NanoDeepSeekConfig(PreTrainedConfig):
         attention_form: `"auto"` chooses expanded or absorbed from the lengths (`attention.py`); `"expanded"` and
             `"absorbed"` force one. The two are equal in real arithmetic.
         rope_parameters: dict with `rope_type` (`default`, `linear`, `yarn`), `rope_theta` and that type's parameters.
-        rope_interleave: rotate the pairs (x0,x1),(x2,x3).. (DeepSeek) instead of the two halves of the vector.
+        rope_interleave: rotate the pairs (x0,x1),(x2,x3).. (DeepSeek) instead of the two halves of the vector. MLA
+            only; the `gqa` baseline always rotates halves.
 
     Feed-forward
         n_routed_experts: routed experts E per MoE layer; `None` builds a dense model.
@@ -146,10 +158,10 @@ class NanoDeepSeekConfig(PreTrainedConfig):
     hidden_act: str = "silu"
     gated_mlp: bool = True
 
-    rms_norm_eps: float = 1e-6
+    rms_norm_eps: float | int = 1e-6
     rms_norm_weight: bool = True
     tie_word_embeddings: bool = False
-    initializer_range: float = 0.02
+    initializer_range: float | int = 0.02
     use_cache: bool = True
     num_nextn_predict_layers: int = 0
     ep_size: int = 1
@@ -159,6 +171,12 @@ class NanoDeepSeekConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = 1
 
     def __post_init__(self, **kwargs: Any):
+        family = kwargs.pop("model_type", self.model_type)
+        if family in FAMILY_DEFAULTS:
+            raise ValueError(
+                f"model_type={family!r} is another family's file, with defaults of its own: read it by "
+                "NanoDeepSeekConfig.from_pretrained(folder) or NanoDeepSeekConfig.from_dict(values)."
+            )
         self._refuse_unknown(kwargs)
         # Derived from other fields; written by transformers into v5-style files, so accepted and recomputed.
         kwargs.pop("qk_head_dim", None)
@@ -177,9 +195,9 @@ class NanoDeepSeekConfig(PreTrainedConfig):
         elif self.head_dim is None and self.num_attention_heads > 0:
             self.head_dim = self.hidden_size // self.num_attention_heads
         self.n_routed_experts = self.n_routed_experts or None
-        self.n_shared_experts = self.n_shared_experts or 0
-        self.n_group = self.n_group or 1
-        self.topk_group = self.topk_group or 1
+        self.n_shared_experts = 0 if self.n_shared_experts is None else self.n_shared_experts
+        self.n_group = 1 if self.n_group is None else self.n_group
+        self.topk_group = 1 if self.topk_group is None else self.topk_group
         super().__post_init__(**kwargs)
 
     @classmethod
@@ -204,7 +222,7 @@ class NanoDeepSeekConfig(PreTrainedConfig):
     def _refuse_unknown(self, kwargs: dict[str, Any]):
         known = KNOWN_EXTRA_KEYS | set(GenerationConfig._get_default_generation_params()) | set(self.attribute_map)
         for key in kwargs:
-            if key.startswith("_") or key in known or hasattr(type(self), key):
+            if key.startswith("_") or key in known or isinstance(getattr(type(self), key, None), property):
                 continue
             close = difflib.get_close_matches(key, [*self.__dataclass_fields__, *known], n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
@@ -236,6 +254,10 @@ class NanoDeepSeekConfig(PreTrainedConfig):
         positive = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "max_position_embeddings"]
         for field in [*positive, "num_attention_heads", "num_key_value_heads", "moe_layer_freq"]:
             self._require(getattr(self, field) >= 1, field, "it must be at least 1")
+        for field in self.__dataclass_fields__:
+            value = getattr(self, field)
+            if isinstance(value, float):
+                self._require(math.isfinite(value), field, "it must be a finite number")
         for field in ["first_k_dense_replace", "num_nextn_predict_layers", "router_noise", "aux_loss_alpha"]:
             self._require(getattr(self, field) >= 0, field, "it must be at least 0")
         for field in ["pad_token_id", "bos_token_id", "eos_token_id"]:
@@ -251,10 +273,9 @@ class NanoDeepSeekConfig(PreTrainedConfig):
         self._require_one_of("attention_type", ("mla", "gqa"))
         self._require_one_of("attention_form", ("auto", "expanded", "absorbed"))
         self._require(0 <= self.attention_dropout < 1, "attention_dropout", "it must lie in [0, 1)")
-        rope_type = self.rope_parameters["rope_type"]
-        if rope_type not in ("default", "linear", "yarn"):
-            raise ValueError(f"rope_type={rope_type!r} is not possible: allowed are 'default', 'linear', 'yarn'.")
-        self._require(self.head_dim >= 2 and self.head_dim % 2 == 0, "head_dim", "rotation needs an even number")
+        rotated = "qk_rope_head_dim" if self.attention_type == "mla" else "head_dim"
+        even = getattr(self, rotated) >= 2 and getattr(self, rotated) % 2 == 0
+        self._require(even, rotated, "rotation needs an even number, at least 2")
         if self.attention_type == "mla":
             for field in ["kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"]:
                 self._require(getattr(self, field) >= 1, field, "it must be at least 1")
@@ -267,6 +288,28 @@ class NanoDeepSeekConfig(PreTrainedConfig):
             self._require(
                 divides, "num_key_value_heads", f"it must divide num_attention_heads={self.num_attention_heads}"
             )
+
+    def validate_rope(self):  # in place of transformers' own, which warns where this refuses
+        rope = self.rope_parameters
+        rope_type = rope["rope_type"]
+        if rope_type not in ROPE_FIELDS:
+            raise ValueError(f"rope_type={rope_type!r} is not possible: allowed are {_names(ROPE_FIELDS)}.")
+        required, optional = ROPE_FIELDS[rope_type]
+        for field in sorted(required - set(rope)):
+            raise ValueError(f"rope_parameters lacks {field!r}, which rope_type={rope_type!r} needs.")
+        for field in sorted(set(rope) - required - optional):
+            allowed = _names(sorted(required | optional))
+            raise ValueError(
+                f"rope_parameters has no field {field!r} for rope_type={rope_type!r}: allowed are {allowed}."
+            )
+        for field, value in rope.items():
+            number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+            smallest = 1 if field in ("factor", "original_max_position_embeddings") else 0
+            positive = field != "rope_theta" or (number and value > 0)
+            exempt = field in ("rope_type", "truncate") or value is None and field not in required
+            if not exempt and not (number and value >= smallest and positive):
+                bound = "above 0" if field == "rope_theta" else f"at least {smallest}"
+                raise ValueError(f"rope_parameters[{field!r}]={value!r} is not possible: it must be a number {bound}.")
 
     def validate_experts(self):
         self._require_one_of("scoring_func", ("sigmoid", "softmax"))
@@ -281,6 +324,8 @@ class NanoDeepSeekConfig(PreTrainedConfig):
             value = getattr(self, field)
             self._require(value >= 8 and value % 8 == 0, field, "grouped expert GEMMs need a multiple of 8")
         self._require(experts >= 2, "n_routed_experts", "at least 2, or None for a dense model")
+        self._require(self.n_shared_experts >= 0, "n_shared_experts", "it must be at least 0")
+        self._require(groups >= 1, "n_group", "it must be at least 1")
         if self.topk_method != "greedy":
             self._require(experts % groups == 0, "n_group", f"it must divide n_routed_experts={experts}")
             self._require(1 <= self.topk_group <= groups, "topk_group", f"it must lie in 1..n_group={groups}")

@@ -25,8 +25,8 @@ class Fp32Buffers(nn.Module):
 class RMSNorm(nn.Module):
     r"""Root mean square normalisation (arXiv:1910.07467, eq. 4).
 
-    y = weight * x / sqrt(mean(x^2) + eps), the mean over the last dim. Statistics are taken in fp32; the result is
-    cast back before the weight is applied, as transformers does.
+    y = weight * x / sqrt(mean(x^2) + eps), the mean over the last dim. Statistics are taken in fp32
+    (fp64 for fp64); the result is cast back before the weight is applied, as transformers does.
 
     Args:
         dim: width of the last dim.
@@ -42,7 +42,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim)) if learned else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x32 = x.float()
+        x32 = x.to(torch.promote_types(x.dtype, torch.float32))
         normed = (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
         return normed if self.weight is None else self.weight * normed
 

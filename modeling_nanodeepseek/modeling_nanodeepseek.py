@@ -96,8 +96,6 @@ class NanoDeepSeekPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["NanoDeepSeekDecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _keep_in_fp32_modules_strict = ["e_score_correction_bias"]
@@ -166,8 +164,8 @@ class NanoDeepSeekModel(NanoDeepSeekPreTrainedModel):
         Args:
             input_ids: [B, T], or else `inputs_embeds` [B, T, d].
             attention_mask: [B, S] of 0 (padding) and 1, S counting cached tokens too; or a prepared 4-D mask.
-            position_ids: [B, T]. Without a mask and a cache, documents packed into a row are told apart by positions
-                that do not increase by one; they neither see each other nor need a mask.
+            position_ids: [B, T]. Without padding and cached tokens, documents packed into a row are told apart by
+                positions that do not increase by one; they do not see each other.
             past_key_values: a cache to read and extend.
             use_cache: return a cache; ignored in training unless one is passed.
 
@@ -182,14 +180,7 @@ class NanoDeepSeekModel(NanoDeepSeekPreTrainedModel):
         if position_ids is None:
             past = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past)[None]
-        # Before a cache is made: transformers looks for packed documents only where there is none.
-        mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-        )
+        mask = self._causal_mask(inputs_embeds, attention_mask, position_ids, past_key_values)
         if use_cache and past_key_values is None and not self.training:
             past_key_values = self.new_cache()
 
@@ -204,23 +195,40 @@ class NanoDeepSeekModel(NanoDeepSeekPreTrainedModel):
                 past_key_values=past_key_values,
                 **kwargs,
             )
-        if self.training:
+        if self.training and torch.is_grad_enabled():
             self._count_expert_load(real_token_mask(attention_mask, hidden_states.shape[1]))
         return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+    def _causal_mask(self, inputs_embeds, attention_mask, position_ids, past_key_values):
+        """transformers' mask. It looks for packed documents only without a padding mask and a cache, so a mask without
+        padding and a cache without tokens are left out: nothing else depends on them."""
+        if not torch.compiler.is_compiling():
+            if isinstance(past_key_values, (LatentCache, DynamicCache)) and past_key_values.get_seq_length() == 0:
+                past_key_values = None
+            if past_key_values is None and attention_mask is not None and attention_mask.ndim == 2:
+                attention_mask = None if attention_mask.all() else attention_mask
+        return create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
 
     def _check_token_ids(self, input_ids: torch.LongTensor):
         if input_ids.device.type != "cpu" or torch.compiler.is_compiling() or input_ids.numel() == 0:
             return
         low, high = (int(edge) for edge in input_ids.aminmax())
-        if low < 0 or high >= self.vocab_size:
+        size = self.embed_tokens.num_embeddings
+        if low < 0 or high >= size:
             wrong = low if low < 0 else high
-            raise ValueError(f"Token id {wrong} is outside the vocabulary: ids lie in 0..{self.vocab_size - 1}.")
+            raise ValueError(f"Token id {wrong} is outside the vocabulary: ids lie in 0..{size - 1}.")
 
     def _count_expert_load(self, real_tokens: torch.Tensor | None):
         # Here and not in the router: gradient checkpointing runs routers a second time, this method never.
-        for layer in self.layers:
-            if isinstance(layer.mlp, DeepseekMoE):
-                layer.mlp.gate.count(real_tokens)
+        for module in self.modules():  # an adapter may wrap a router
+            if isinstance(module, TopkRouter):
+                module.count(real_tokens)
 
 
 class NanoDeepSeekForCausalLM(NanoDeepSeekPreTrainedModel, GenerationMixin):
@@ -275,7 +283,7 @@ class NanoDeepSeekForCausalLM(NanoDeepSeekPreTrainedModel, GenerationMixin):
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = ce_loss = balance_loss = None
         if labels is not None:
-            loss = ce_loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size, **kwargs)
+            loss = ce_loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
         if balanced:
             balance_loss = self._balance_loss(outputs.router_logits, labels, attention_mask, **kwargs)
             loss = ce_loss + self.config.aux_loss_alpha * balance_loss

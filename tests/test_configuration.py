@@ -31,7 +31,7 @@ REFUSED = [
         {"attention_type": "gqa", "num_key_value_heads": 2, "head_dim": 8},
         ["num_key_value_heads=2", "num_attention_heads=3"],
     ),
-    ({"qk_rope_head_dim": 5}, ["head_dim=5", "even"]),
+    ({"qk_rope_head_dim": 5}, ["qk_rope_head_dim=5", "even"]),
     ({"vocab_size": 0}, ["vocab_size=0", "at least 1"]),
     ({"num_hidden_layers": 0}, ["num_hidden_layers=0", "at least 1"]),
     ({"eos_token_id": 97}, ["eos_token_id=97", "0..96"]),
@@ -40,6 +40,19 @@ REFUSED = [
     ({"router_noise": -0.1}, ["router_noise=-0.1", "at least 0"]),
     ({"seq_aux": False}, ["seq_aux=False", "sequence-wise"]),
     ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, ["rope_type='dynamic'", "'yarn'"]),
+    ({"rope_parameters": {"rope_type": "yarn"}}, ["rope_parameters lacks 'factor'"]),
+    ({"rope_parameters": {"rope_type": "linear", "factor": -3.0}}, ["['factor']=-3.0", "at least 1"]),
+    ({"rope_parameters": {"rope_type": "default", "facter": 2.0}}, ["no field 'facter'", "'rope_theta'"]),
+    ({"rope_parameters": {"rope_type": "default", "rope_theta": 0}}, ["['rope_theta']=0", "above 0"]),
+    ({"rope_parameters": None, "rope_theta": "x"}, ["['rope_theta']='x'", "a number"]),
+    ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, ["no field 'partial_rotary_factor'"]),
+    ({"routed_scaling_factor": float("nan")}, ["routed_scaling_factor=nan", "finite"]),
+    ({"n_shared_experts": -1}, ["n_shared_experts=-1", "at least 0"]),
+    ({"n_group": 0}, ["n_group=0", "at least 1"]),
+    ({"topk_group": 0}, ["topk_group=0", "1..n_group=4"]),
+    ({"attention_type": "gqa", "head_dim": 7}, ["head_dim=7", "even"]),
+    ({"validate_sizes": 3}, ["no field 'validate_sizes'"]),
+    ({"model_type": "deepseek_v2"}, ["'deepseek_v2'", "from_pretrained"]),
     ({"hidden_size": "big"}, ["hidden_size", "expected int", "big"]),
 ]
 
@@ -83,6 +96,23 @@ def test_round_trip_through_a_file(attention_type, tmp_path):
     ignored = {"transformers_version": None, "_name_or_path": None}
     assert read.to_dict() | ignored == config.to_dict() | ignored
     assert read.head_dim == (6 if attention_type == "mla" else 8)
+
+
+def test_a_variant_of_a_saved_config_has_its_own_head_size(tmp_path):
+    build_config("quickstart").save_pretrained(tmp_path)
+    saved = str(tmp_path / "config.json")
+    assert (
+        build_config(saved, "dense_transformer").head_dim
+        == build_config("quickstart", "dense_transformer").head_dim
+        == 64
+    )
+    assert build_config(saved, attention_type="gqa", head_dim=8).head_dim == 8
+    (tmp_path / "broken.json").write_text("{")
+    (tmp_path / "list.json").write_text("[]")
+    with pytest.raises(ValueError, match="broken.json' is not valid JSON"):
+        build_config(str(tmp_path / "broken.json"))
+    with pytest.raises(ValueError, match="list.json' must hold a JSON object"):
+        build_config(str(tmp_path / "list.json"))
 
 
 def test_which_layers_hold_experts():

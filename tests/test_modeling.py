@@ -78,6 +78,10 @@ def test_packed_documents_are_separate(kind, train, attention):
     packed, positions = pack(*documents)
     expected = torch.cat([model(document[None]).logits for document in documents], 1)
     assert_close(expected, model(packed, position_ids=positions).logits, 1e-5)
+    ones = torch.ones_like(packed)  # what a tokenizer returns: a mask that masks nothing
+    assert_close(expected, model(packed, position_ids=positions, attention_mask=ones).logits, 1e-5)
+    empty = model.model.new_cache()
+    assert_close(expected, model(packed, position_ids=positions, past_key_values=empty).logits, 1e-5)
     assert rms_ratio(expected, model(packed).logits) > 1e-2  # without positions they do see each other
 
 
@@ -219,6 +223,32 @@ def test_inputs_embeds():
         model(ids, inputs_embeds=embeds)
     with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
         model()
+
+
+@pytest.mark.parametrize("form", ["expanded", "absorbed"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("boolean", [True, False])
+def test_masks_of_ones_own(boolean, attention, form):
+    """A 4-D mask, boolean or additive: here a window of four tokens."""
+    model, ids = tiny_model(attention_form=form), tokens(2, 14)
+    model.set_attn_implementation(attention)
+    visible = torch.ones(14, 14, dtype=torch.bool).tril().triu(-3)[None, None].expand(2, 1, -1, -1)
+    mask = visible if boolean else torch.where(visible, 0.0, torch.finfo(torch.float32).min)
+    logits = model(ids, attention_mask=mask).logits
+    changed = ids.clone()
+    changed[:, 0] = (changed[:, 0] + 1) % 97  # three layers of a window of four: 9 tokens back at most
+    assert torch.equal(logits[:, 10:], model(changed, attention_mask=mask).logits[:, 10:])
+    assert rms_ratio(logits[:, :10], model(changed, attention_mask=mask).logits[:, :10]) > 1e-3
+    assert rms_ratio(logits[:, 10:], model(ids).logits[:, 10:]) > 1e-3
+
+
+def test_resized_embeddings():
+    model = tiny_model()
+    model.resize_token_embeddings(120)
+    ids = tokens() + 20
+    assert model(ids, labels=ids).logits.shape[-1] == 120
+    with pytest.raises(ValueError, match=r"Token id 120 .* 0\.\.119"):
+        model(torch.tensor([[120]]))
 
 
 @pytest.mark.parametrize("wrong", [97, -1, 10**6])

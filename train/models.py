@@ -39,7 +39,16 @@ def build_config(model: str, variant: str | None = None, **toggles) -> NanoDeepS
     known = variants()
     if variant is not None and variant not in known:
         raise ValueError(f"variant {variant!r} is not one of {', '.join(known)}")
-    return NanoDeepSeekConfig.from_dict(json.loads(path.read_text()) | known.get(variant, {}) | toggles)
+    try:
+        values = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"model {str(path)!r} is not valid JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"model {str(path)!r} must hold a JSON object, and holds a {type(values).__name__}")
+    changes = known.get(variant, {}) | toggles
+    if changes.get("attention_type", values.get("attention_type")) != values.get("attention_type"):
+        values.pop("head_dim", None)  # derived from the other kind of attention
+    return NanoDeepSeekConfig.from_dict(values | changes)
 
 
 def build_model(model: str, variant: str | None = None, **toggles) -> NanoDeepSeekForCausalLM:

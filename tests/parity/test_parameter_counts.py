@@ -135,8 +135,13 @@ def test_v5_style_file_means_the_same(name, tmp_path):
 
 def test_official_files_are_read_under_their_own_defaults(tmp_path):
     """transformers 5 leaves out what its DeepseekV2Config fixes: softmax scores."""
-    values = {k: v for k, v in (SHARED | OFFICIAL["v2-lite"]).items() if k not in ("scoring_func", "topk_method")}
+    values = {
+        k: v
+        for k, v in (SHARED | OFFICIAL["v2-lite"]).items()
+        if k not in ("scoring_func", "topk_method", "norm_topk_prob")
+    }
     (tmp_path / "config.json").write_text(json.dumps(values))
     config = NanoDeepSeekConfig.from_pretrained(tmp_path)
-    assert (config.scoring_func, config.topk_method, config.model_type) == ("softmax", "greedy", "nanodeepseek")
+    assert (config.scoring_func, config.topk_method, config.norm_topk_prob) == ("softmax", "greedy", False)
+    assert config.model_type == "nanodeepseek"
     assert config.architectures is None and not hasattr(config, "auto_map")
