@@ -24,7 +24,7 @@ def text(seed: int, words: int = 60) -> str:
 @cache
 def small_tokenizer():
     code = "def main():\n    return {x: 12345 for x in range(10)}\n"
-    return train_tokenizer([*(text(seed) for seed in range(300)), code * 20], 320, 64)
+    return train_tokenizer([*(text(seed) for seed in range(300)), code * 20], 320)
 
 
 TINY_MODEL = {

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, concatenate_datasets, load_dataset
+from datasets import Dataset, Features, Value, concatenate_datasets, load_dataset
 from transformers import PreTrainedTokenizerBase
 
 ROW_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
@@ -30,6 +30,9 @@ STDLIB_SKIPPED = {
     "encodings",
     "pydoc_data",
 }
+
+
+DOCUMENT = Features({"name": Value("string"), "text": Value("string")})
 
 
 def load_documents(source: str | list[str] | dict[str, Any], text_field: str = "text") -> Dataset:
@@ -74,23 +77,24 @@ def _from_path(path: Path, text_field: str) -> Dataset:
         raise ValueError(f"data source {str(path)!r} does not exist")
     if path.is_file():
         return _from_file(path, text_field, path.name)
-    files = [file for file in sorted(path.rglob("*")) if file.suffix in TEXT_SUFFIXES | set(ROW_FORMATS)]
+    known = TEXT_SUFFIXES | set(ROW_FORMATS)
+    files = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in known and file.is_file()]
     if not files:
         suffixes = " ".join(sorted(TEXT_SUFFIXES | set(ROW_FORMATS)))
         raise ValueError(f"data source {str(path)!r} holds no file of a known kind ({suffixes})")
-    texts = [{"name": str(f.relative_to(path)), "text": _read(f)} for f in files if f.suffix in TEXT_SUFFIXES]
+    texts = [{"name": str(f.relative_to(path)), "text": _read(f)} for f in files if f.suffix.lower() in TEXT_SUFFIXES]
     parts = [Dataset.from_list(texts)] if texts else []
-    parts += [_from_file(f, text_field, str(f.relative_to(path))) for f in files if f.suffix in ROW_FORMATS]
+    parts += [_from_file(f, text_field, str(f.relative_to(path))) for f in files if f.suffix.lower() in ROW_FORMATS]
     return concatenate_datasets(parts)
 
 
 def _from_file(path: Path, text_field: str, name: str) -> Dataset:
-    if path.suffix not in ROW_FORMATS:
+    if path.suffix.lower() not in ROW_FORMATS:
         return Dataset.from_list([{"name": name, "text": _read(path)}])
     if path.stat().st_size == 0:
         raise ValueError(f"data source {str(path)!r} is empty")
     try:
-        rows = load_dataset(ROW_FORMATS[path.suffix], data_files=str(path), split="train")
+        rows = load_dataset(ROW_FORMATS[path.suffix.lower()], data_files=str(path), split="train")
     except Exception as error:  # whatever the parser raises, the user needs the file's name
         raise ValueError(f"data source {str(path)!r} cannot be read as {path.suffix}: {error}") from error
     return _rows(rows, text_field, name)
@@ -101,17 +105,34 @@ def _by_name(source: dict[str, Any], text_field: str) -> Dataset:
         raise ValueError(f"data source {source!r} needs a key 'dataset', the name for datasets.load_dataset")
     arguments = {key: value for key, value in source.items() if key != "dataset"}
     arguments.setdefault("split", "train")
-    return _rows(load_dataset(source["dataset"], **arguments), text_field, str(source["dataset"]))
+    if arguments.get("streaming"):
+        raise ValueError(f"data source {source!r}: streaming is not supported; leave it out")
+    try:
+        rows = load_dataset(source["dataset"], **arguments)
+    except Exception as error:  # a missing name, a closed network, a wrong argument: `datasets` has an error for each
+        raise ValueError(f"data source {source!r} cannot be loaded: {type(error).__name__}: {error}") from error
+    return _rows(rows, text_field, str(source["dataset"]))
 
 
 def _rows(rows: Dataset, text_field: str, name: str) -> Dataset:
     if text_field not in rows.column_names:
         raise ValueError(f"{name}: no column {text_field!r}; there are {rows.column_names} (set data.text_field)")
 
+    dtype = getattr(rows.features[text_field], "dtype", "structure")
+    if dtype not in ("string", "large_string"):
+        raise ValueError(f"{name}: column {text_field!r} holds {dtype}, not text (set data.text_field)")
+
     def named(texts: list[str], indices: list[int]) -> dict[str, list[str]]:
         return {"name": [f"{name}#{i}" for i in indices], "text": texts}
 
-    return rows.map(named, input_columns=text_field, with_indices=True, batched=True, remove_columns=rows.column_names)
+    return rows.map(
+        named,
+        input_columns=text_field,
+        with_indices=True,
+        batched=True,
+        remove_columns=rows.column_names,
+        features=DOCUMENT,
+    )
 
 
 def _read(path: Path) -> str:

@@ -17,6 +17,22 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer, set_
 import modeling_nanodeepseek  # noqa: F401  (registers the model with AutoModelForCausalLM)
 
 
+def number(kind: type, low: float, high: float = float("inf"), above: bool = False):
+    """An argparse type: a number of this kind from `low` (or above it) to `high`."""
+
+    def parse(text: str):
+        value = kind(text)
+        if not (low < value if above else low <= value) or not value <= high:
+            bound = f"above {low}" if above else f"at least {low}"
+            raise argparse.ArgumentTypeError(
+                f"{value} is not {bound}" + (f" and at most {high}" if high < 2**31 else "")
+            )
+        return value
+
+    parse.__name__ = kind.__name__
+    return parse
+
+
 class Writer:
     """A model and its tokenizer, ready to continue texts.
 
@@ -27,9 +43,12 @@ class Writer:
     """
 
     def __init__(self, model: str, device: str | None = None, **settings):
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            place = torch.zeros(1, device=device or ("cuda" if torch.cuda.is_available() else "cpu")).device
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"--device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
         self.tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
-        self.model = AutoModelForCausalLM.from_pretrained(model, dtype="auto").to(device).eval()
+        self.model = AutoModelForCausalLM.from_pretrained(model, dtype="auto").to(place).eval()
         self.settings = settings
 
     def encode(self, texts: list[str], add_special_tokens: bool = True):
@@ -71,19 +90,27 @@ def converse(writer: Writer, chat: bool, lines=sys.stdin):
             return
         if not line.strip():
             continue
-        if not chat:
-            writer.stream(line.rstrip("\n"))
-            continue
-        messages.append({"role": "user", "content": line.strip()})
-        prompt = writer.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        messages.append({"role": "assistant", "content": writer.stream(prompt, add_special_tokens=False)})
+        try:
+            if not chat:
+                writer.stream(line.rstrip("\n"))
+                continue
+            turns = [*messages, {"role": "user", "content": line.strip()}]
+            prompt = writer.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+            messages = [*turns, {"role": "assistant", "content": writer.stream(prompt, add_special_tokens=False)}]
+        except ValueError as error:  # a prompt that is too long ends the turn, not the session
+            print(f"error: {error}")
 
 
 def complete_file(writer: Writer, source: Path, target: Path, batch_size: int) -> int:
     """Continues each non-empty line of `source`; writes `{"prompt", "completion"}` lines to `target`, all or none."""
     if not source.is_file():
         raise ValueError(f"--input {str(source)!r} does not exist")
-    prompts = [line for line in source.read_text().splitlines() if line.strip()]
+    if not target.parent.is_dir() or target.is_dir():
+        raise ValueError(f"--output {str(target)!r} cannot be written: it must be a file in an existing folder")
+    try:
+        prompts = [line for line in source.read_text("utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--input {str(source)!r} is not UTF-8: {error}") from error
     if not prompts:
         raise ValueError(f"--input {str(source)!r} holds no prompt")
     # Prompts of like length share a batch, so little is padded; the order of the file is kept in the output.
@@ -108,15 +135,17 @@ def main(argv: list[str] | None = None):
     mode.add_argument("--input", type=Path, help="continue each line of this file")
     parser.add_argument("--output", type=Path, help="with --input: where to write JSON lines")
     parser.add_argument("--chat", action="store_true", help="with --interactive: use the chat template")
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--max-new-tokens", type=int, default=128)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
-    parser.add_argument("--top-p", type=float, default=1.0)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch-size", type=number(int, 1), default=8)
+    parser.add_argument("--max-new-tokens", type=number(int, 1), default=128)
+    parser.add_argument("--temperature", type=number(float, 0), default=0.0, help="0 is greedy")
+    parser.add_argument("--top-p", type=number(float, 0, 1, above=True), default=1.0)
+    parser.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0)
     parser.add_argument("--device")
     args = parser.parse_args(argv)
     if (args.input is None) != (args.output is None):
         parser.error("--input and --output go together")
+    if args.chat and not args.interactive:
+        parser.error("--chat goes with --interactive")
     settings = {"max_new_tokens": args.max_new_tokens, "do_sample": args.temperature > 0}
     if args.temperature > 0:
         settings |= {"temperature": args.temperature, "top_p": args.top_p}

@@ -28,6 +28,8 @@ from .trainer import NanoDeepSeekTrainer
 
 
 def training_arguments(recipe: Recipe) -> TrainingArguments:
+    if Path(recipe.output_dir).exists() and not Path(recipe.output_dir).is_dir():
+        raise ValueError(f"output_dir {recipe.output_dir!r} is a file; a folder is needed")
     on_cpu = recipe.trainer.get("use_cpu", False) or not torch.accelerator.is_available()
     device = torch.device("cpu") if on_cpu else torch.accelerator.current_accelerator()
     bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and multiplies_bf16(device))
@@ -45,10 +47,18 @@ def load_data(recipe: Recipe):
     return hold_out(documents, data.validation_share)
 
 
+def folder_or_name(path: str, field: str) -> str:
+    """A local folder, or a name on the Hub: what is written like a path must exist."""
+    folder = resolve(path)
+    if not folder.is_dir() and path.startswith(("/", ".", "~")):
+        raise ValueError(f"{field} {path!r} is not a folder")
+    return str(folder) if folder.is_dir() else path
+
+
 def load_tokenizer(recipe: Recipe, documents):
     path = recipe.tokenizer.path or recipe.model.checkpoint
     if path is not None:
-        return AutoTokenizer.from_pretrained(resolve(path))
+        return AutoTokenizer.from_pretrained(folder_or_name(path, "tokenizer.path or model.checkpoint"))
 
     def texts():
         left = recipe.tokenizer.train_megabytes * 1e6
@@ -58,13 +68,15 @@ def load_tokenizer(recipe: Recipe, documents):
             if left <= 0:
                 return
 
-    return train_tokenizer(texts(), recipe.tokenizer.vocab_size, recipe.data.sequence_length)
+    return train_tokenizer(texts(), recipe.tokenizer.vocab_size)
 
 
 def load_model(recipe: Recipe, tokenizer) -> NanoDeepSeekForCausalLM:
     """The model, checked against the tokenizer before anything is trained."""
     if recipe.model.checkpoint is not None:
-        model = NanoDeepSeekForCausalLM.from_pretrained(resolve(recipe.model.checkpoint), dtype=torch.float32)
+        model = NanoDeepSeekForCausalLM.from_pretrained(
+            folder_or_name(recipe.model.checkpoint, "model.checkpoint"), dtype=torch.float32
+        )
     else:
         ids = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
         model = build_model(recipe.model.config, recipe.model.variant, **ids | recipe.model.overrides)
@@ -89,6 +101,8 @@ def build_trainer(recipe: Recipe, args: TrainingArguments) -> NanoDeepSeekTraine
         length, workers = recipe.data.sequence_length, recipe.data.workers
         train_rows = pack(train_documents, tokenizer, length, workers)
         validation_rows = pack(validation_documents, tokenizer, length, workers)
+        if recipe.tokenizer.path is None and recipe.model.checkpoint is None:
+            tokenizer.model_max_length = model.config.max_position_embeddings
     if args.device.type == "cpu":
         model.set_experts_implementation("eager")  # one GEMM per expert; the grouped one is a loop inside torch there
     return NanoDeepSeekTrainer(
@@ -157,7 +171,7 @@ def main(argv: list[str] | None = None):
     recipe = recipe_from_command_line(__doc__.splitlines()[0], argv)
     try:
         run(recipe)
-    except (ValueError, StrictDataclassError) as error:
+    except (ValueError, OSError, StrictDataclassError) as error:
         sys.exit(f"error: {error}")
     finally:
         PartialState().destroy_process_group()

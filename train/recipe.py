@@ -10,17 +10,31 @@ import argparse
 import difflib
 import inspect
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from transformers import TrainingArguments
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
+Rate = Annotated[float, Field(ge=0)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+# Fields of TrainingArguments whose wrong values would surface as something else, in the middle of a run.
+AT_LEAST_ONE = {
+    "gradient_accumulation_steps",
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "logging_steps",
+    "eval_steps",
+    "save_steps",
+}
+
+
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
 
 class ModelSection(Section):
@@ -63,14 +77,14 @@ class OptimizerSection(Section):
     """`muon`: Muon for hidden matrices, AdamW for the rest; `adamw`: AdamW for all (then `matrix_lr` is its rate)."""
 
     name: Literal["muon", "adamw"] = "muon"
-    matrix_lr: float = Field(default=0.02, ge=0)
-    embedding_lr: float = Field(default=0.2, ge=0)
-    head_lr: float = Field(default=0.004, ge=0)
-    scalar_lr: float = Field(default=0.01, ge=0)  # norm weights, biases, router
-    weight_decay: float = Field(default=0.1, ge=0)  # matrices only
-    betas: tuple[float, float] = (0.9, 0.95)
+    matrix_lr: Rate = 0.02
+    embedding_lr: Rate = 0.2
+    head_lr: Rate = 0.004
+    scalar_lr: Rate = 0.01  # norm weights, biases, router
+    weight_decay: Rate = 0.1  # matrices only
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     eps: float = Field(default=1e-8, gt=0)
-    momentum: float = Field(default=0.95, ge=0, lt=1)
+    momentum: Beta = 0.95
     ns_steps: int = Field(default=5, ge=1, lt=100)
 
 
@@ -128,7 +142,25 @@ class Recipe(Section):
                 close = difflib.get_close_matches(key, known, n=1)
                 hint = f"; did you mean {close[0]!r}?" if close else ""
                 raise ValueError(f"trainer.{key} is no field of transformers.TrainingArguments{hint}")
+            self._check_training_argument(key, self.trainer[key])
         return self
+
+    @staticmethod
+    def _check_training_argument(key: str, value: Any):
+        """TrainingArguments takes any type; this refuses what its annotations do not allow."""
+        hint = get_type_hints(TrainingArguments).get(key, Any)
+        try:
+            TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
+        except ValidationError as error:
+            problems = "; ".join(sorted({e["msg"] for e in error.errors()}))
+            raise ValueError(f"trainer.{key}={value!r} is not possible: {problems}") from None
+        numeric = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if key in AT_LEAST_ONE and numeric and value <= 0:
+            raise ValueError(f"trainer.{key}={value!r} is not possible: it must be above 0")
+        if key == "max_steps" and numeric and (value < -1 or value == 0):
+            raise ValueError(
+                f"trainer.max_steps={value!r} is not possible: at least 1, or -1 to go by num_train_epochs"
+            )
 
 
 def resolve(path: str) -> Path:
@@ -168,7 +200,10 @@ def _set(values: dict, override: str):
         values = values.setdefault(name, {})
         if not isinstance(values, dict):
             raise ValueError(f"override {override!r}: {name!r} is not a section")
-    values[last] = _number(yaml.safe_load(text))
+    try:
+        values[last] = _number(yaml.safe_load(text))
+    except yaml.YAMLError as error:
+        raise ValueError(f"override {override!r} is not valid YAML: {error}") from error
 
 
 def _number(value: Any) -> Any:

@@ -30,7 +30,7 @@ CHAT_TEMPLATE = """{{ bos_token }}
 {%- if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"""
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int, model_max_length: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE of `vocab_size` tokens, special ones and the 256 bytes included.
 
     Any text encodes and decodes back exactly. `<|bos|>` is put in front by default, as DeepSeek's tokenizers do.
@@ -66,7 +66,6 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, model_max_length: int
         pad_token=PAD,
         additional_special_tokens=[USER, ASSISTANT, SYSTEM, *FIM],
         add_bos_token=True,
-        model_max_length=model_max_length,
         clean_up_tokenization_spaces=False,
         chat_template=CHAT_TEMPLATE,
     )

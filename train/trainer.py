@@ -162,6 +162,14 @@ class NanoDeepSeekTrainer(Trainer):
             self._terms, self._tokens, self._steps, self._since = {}, 0, 0, None
         super().log(logs, *args, **kwargs)
 
+    def get_eval_dataloader(self, eval_dataset=None):
+        """Every row is evaluated, also where `dataloader_drop_last` drops some in training."""
+        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.args.dataloader_drop_last = drop_last
+
     @torch.no_grad()
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Mean cross-entropy per predicted token in nats, and bits per byte of the validation text.

@@ -26,7 +26,7 @@ def test_two_processes_are_one(tiny_recipe, tmp_path):
     file.write_text(yaml.safe_dump(shared.model_dump(mode="json")))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [*launch, "-m", "train.pretrain", "--config", str(file)]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     assert len(history(tmp_path / "alone")) == 3
     for one, two in zip(history(tmp_path / "alone"), history(tmp_path / "shared"), strict=True):

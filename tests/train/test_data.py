@@ -2,6 +2,7 @@
 
 import json
 
+import pyarrow.parquet
 import pytest
 import torch
 from datasets import Dataset, load_dataset
@@ -31,12 +32,16 @@ def test_files_folders_and_lists(tmp_path):
     )
     Dataset.from_dict({"body": ["p", "q"]}).to_parquet(tmp_path / "rows.parquet")
     (tmp_path / "skipped.bin").write_bytes(b"\xff\xfe")
+    (tmp_path / "node.js").mkdir()
+    (tmp_path / "dangling.txt").symlink_to(tmp_path / "gone.txt")
     assert load_documents(str(tmp_path / "a.txt")).to_list() == [{"name": "a.txt", "text": "alpha\n"}]
     assert load_documents(str(tmp_path / "rows.jsonl"))["text"][:] == ["x", "y"]  # the empty row is left out
     assert load_documents(str(tmp_path / "rows.parquet"), "body")["text"][:] == ["p", "q"]
     (tmp_path / "rows.parquet").unlink()
+    large = pyarrow.table({"text": pyarrow.array(["z"], pyarrow.large_string())})
+    pyarrow.parquet.write_table(large, tmp_path / "LARGE.PARQUET")
     whole = load_documents(str(tmp_path))
-    assert sorted(whole["text"]) == ["alpha\n", "beta é\n", "x", "y"]
+    assert sorted(whole["text"]) == ["alpha\n", "beta é\n", "x", "y", "z"]
     assert len(load_documents([str(tmp_path / "a.txt"), str(tmp_path / "sub")])) == 2
 
 

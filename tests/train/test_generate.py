@@ -78,6 +78,47 @@ def test_bad_input_is_named(arguments, words, checkpoint):
     assert all(word in str(error.value) for word in words), error.value
 
 
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--batch-size", "0"], ["--batch-size", "0 is not at least 1"]),
+        (["--temperature", "-1"], ["--temperature", "-1.0 is not at least 0"]),
+        (["--top-p", "2"], ["--top-p", "2.0 is not above 0 and at most 1"]),
+        (["--seed", "-1"], ["--seed", "-1 is not at least 0"]),
+        (["--max-new-tokens", "many"], ["--max-new-tokens", "invalid int value: 'many'"]),
+        (["--chat"], ["--chat goes with --interactive"]),
+        (["--device", "tpu9"], ["--device 'tpu9' cannot be used"]),
+    ],
+)
+def test_impossible_arguments(arguments, words, checkpoint, capsys):
+    with pytest.raises(SystemExit) as error:
+        generate.main(["--model", checkpoint, "--prompt", "x", *arguments])
+    message = capsys.readouterr().err + str(error.value)
+    assert all(word in message for word in words), message
+
+
+def test_files_are_checked_before_anything_is_written(checkpoint, tmp_path, monkeypatch):
+    (tmp_path / "in.txt").write_text("the fox\n")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
+    monkeypatch.setattr(generate.Writer, "write", lambda *a, **k: pytest.fail("work that would be lost"))
+    for source, target, words in (
+        ("in.txt", "absent/out.jsonl", "cannot be written"),
+        ("latin.txt", "out.jsonl", "latin.txt' is not UTF-8"),
+    ):
+        with pytest.raises(SystemExit, match=words):
+            generate.main(
+                ["--model", checkpoint, "--input", str(tmp_path / source), "--output", str(tmp_path / target)]
+            )
+
+
+def test_a_long_line_ends_the_turn_not_the_session(checkpoint, capsys):
+    writer = generate.Writer(checkpoint, max_new_tokens=4, do_sample=False)
+    for chat in (False, True):
+        generate.converse(writer, chat, io.StringIO("the fox " * 80 + "\nlazy dog\n"))
+        first, *rest = capsys.readouterr().out.strip().splitlines()
+        assert first.startswith("error: the prompt has") and rest
+
+
 def test_an_absent_model_is_named():
     with pytest.raises(SystemExit, match="nowhere"):
         generate.main(["--model", "./nowhere", "--prompt", "x"])

@@ -54,4 +54,4 @@ def test_chat_template_and_assistant_mask():
 
 def test_too_little_text_is_refused():
     with pytest.raises(ValueError, match="supports only .*vocab_size=5000 asks for more"):
-        train_tokenizer(["a few words"], 5000, 64)
+        train_tokenizer(["a few words"], 5000)

@@ -1,0 +1,34 @@
+"""Functions run in several processes of a gloo group, with an end to waiting."""
+
+import gc
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def _enter(rank: int, world: int, store: str, work, results):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    results[rank] = work(rank, world)
+    # DDP's reducer must be gone before its process group is: its destructor otherwise waits for the group's thread,
+    # which waits for the interpreter lock.
+    gc.collect()
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def run(work, tmp_path, world: int = 2, seconds: float = 120) -> list:
+    """`work(rank, world)` in `world` processes; their results by rank. Fails, and ends them, after `seconds`."""
+    with mp.Manager() as manager:
+        results = manager.dict()
+        context = mp.spawn(_enter, (world, str(tmp_path / "store"), work, results), nprocs=world, join=False)
+        deadline = time.monotonic() + seconds
+        while not context.join(timeout=1):
+            if time.monotonic() > deadline:
+                for process in context.processes:
+                    process.kill()
+                pytest.fail(f"{world} processes did not end within {seconds} s")
+        return [results[rank] for rank in range(world)]
