@@ -12,14 +12,13 @@ KEEP = 2**31 - 1
 
 
 def keep_memory():
-    """Makes glibc keep freed memory instead of returning it, and torch ask for huge pages; nothing elsewhere.
+    """Makes glibc keep freed memory instead of returning it to the system; does nothing with other C libraries.
 
-    A training step frees and allocates the same large blocks; handed back, each costs page faults anew (a quarter of
-    the step, docs/log.md). Call it before the first tensor.
+    A training step frees and allocates the same large blocks; handed back, each costs page faults anew
+    (`benchmarks/training_choices.py` measures it). Call it before training.
     """
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     if sys.platform == "linux":
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # absent from other C libraries
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
         if mallopt is not None:
             mallopt(MMAP_THRESHOLD, KEEP)
             mallopt(TRIM_THRESHOLD, KEEP)
