@@ -14,8 +14,8 @@ def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
     """Moves each matrix of a stack [N, r, c] towards U V^T of its singular value decomposition.
 
     torch.optim.Muon's quintic Newton-Schulz iteration, X <- aX + (bA + cA^2) X with A = X X^T, on all matrices at once,
-    and in fp32 where bf16 is not native: torch's own takes one matrix at a time, always in bf16 (1.8 times the time on a
-    CPU without AMX: `benchmarks/training_choices.py`).
+    and in fp32 where bf16 is not native: torch's own takes one matrix at a time, always in bf16 (1.8 times the time on
+    a CPU without AMX: `benchmarks/training_choices.py`).
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     X = matrices.to(torch.bfloat16 if multiplies_bf16(matrices.device) else torch.float32)
