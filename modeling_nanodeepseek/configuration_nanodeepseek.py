@@ -104,7 +104,8 @@ class NanoDeepSeekConfig(PreTrainedConfig):
         ep_size, pretraining_tp: carried by official files; they change nothing.
 
     Raises:
-        StrictDataclassError: a field has a wrong type, an unknown name, or contradicts another.
+        StrictDataclassError: a field has a wrong type or an impossible value, or contradicts another.
+        ValueError: there is no field of that name.
     """
 
     model_type = "nanodeepseek"

@@ -14,7 +14,14 @@ from .checkpoints import stack_expert_keys
 from .configuration_nanodeepseek import NanoDeepSeekConfig
 from .layers import Fp32Buffers, build_mlp
 
-SCORING_FUNCS = {"sigmoid": torch.sigmoid, "softmax": lambda logits: logits.softmax(-1)}
+
+def softmax(logits_TE: torch.Tensor) -> torch.Tensor:
+    """V2's scores: a distribution over the experts."""
+    return logits_TE.softmax(-1)
+
+
+# Functions by name, not lambdas: routers keep theirs, and a model must pickle.
+SCORING_FUNCS = {"sigmoid": torch.sigmoid, "softmax": softmax}
 
 
 def two_best(scores_TGe: torch.Tensor) -> torch.Tensor:

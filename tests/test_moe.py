@@ -1,5 +1,7 @@
 """Router, experts and the sequence-wise balance loss against per-token loops."""
 
+import pickle
+
 import pytest
 import torch
 
@@ -81,6 +83,12 @@ def test_bias_is_never_cast(cast):
     after = [b for n, b in getattr(model, cast)().named_buffers() if n.endswith("bias")]
     assert len(before) == 2 and all(b.dtype == torch.float32 and torch.equal(a, b) for a, b in zip(before, after))
     assert model.lm_head.weight.dtype != torch.float32
+
+
+@pytest.mark.parametrize("scoring_func", ["sigmoid", "softmax"])
+def test_a_model_pickles(scoring_func):
+    model = tiny_model(scoring_func=scoring_func)
+    assert torch.equal(model(tokens()).logits, pickle.loads(pickle.dumps(model))(tokens()).logits)
 
 
 def test_noise_acts_in_training_only():

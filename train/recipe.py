@@ -142,15 +142,16 @@ class Recipe(Section):
                 close = difflib.get_close_matches(key, known, n=1)
                 hint = f"; did you mean {close[0]!r}?" if close else ""
                 raise ValueError(f"trainer.{key} is no field of transformers.TrainingArguments{hint}")
-            self._check_training_argument(key, self.trainer[key])
+            self.trainer[key] = self._training_argument(key, self.trainer[key])
         return self
 
     @staticmethod
-    def _check_training_argument(key: str, value: Any):
-        """TrainingArguments takes any type; this refuses what its annotations do not allow."""
+    def _training_argument(key: str, value: Any) -> Any:
+        """The value as TrainingArguments annotates it (1e-3, a string in YAML 1.1, becomes a number); it checks nothing
+        itself, so what its annotations do not allow is refused here."""
         hint = get_type_hints(TrainingArguments).get(key, Any)
         try:
-            TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
+            value = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
         except ValidationError as error:
             problems = "; ".join(sorted({e["msg"] for e in error.errors()}))
             raise ValueError(f"trainer.{key}={value!r} is not possible: {problems}") from None
@@ -161,6 +162,7 @@ class Recipe(Section):
             raise ValueError(
                 f"trainer.max_steps={value!r} is not possible: at least 1, or -1 to go by num_train_epochs"
             )
+        return value
 
 
 def resolve(path: str) -> Path:

@@ -42,6 +42,13 @@ def test_overrides_of_any_field(recipe_file):
     assert recipe.data.validation == {"dataset": "x", "split": "test"} and recipe.tokenizer.path == "some/where"
 
 
+def test_numbers_that_yaml_reads_as_text(tmp_path):
+    """YAML 1.1 takes 1e-3 for a string; unconverted it would fail in the middle of a run."""
+    (tmp_path / "r.yaml").write_text(GOOD.replace("max_steps: 3", "max_steps: 3, max_grad_norm: 1e-3"))
+    recipe = load_recipe(str(tmp_path / "r.yaml"))
+    assert recipe.trainer["max_grad_norm"] == 1e-3 and recipe.trainer["eval_strategy"] == "no"
+
+
 @pytest.mark.parametrize(
     "override, words",
     [
