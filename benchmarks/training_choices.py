@@ -63,7 +63,6 @@ def step(runs: int) -> dict[str, float | list[float]]:
     """One process's measurement: the median of a step, and the losses for comparison."""
     torch.manual_seed(0)
     model = build_model("quickstart").train()
-    model.set_experts_implementation("eager")
     optimizer = build_optimizer(model, OptimizerSection())
     ids, losses = torch.randint(0, 4096, (24, 256)), []
 

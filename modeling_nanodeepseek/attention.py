@@ -143,7 +143,11 @@ class MultiHeadLatentAttention(nn.Module):
         k_nope_BHSn, value_BHSv = kv_BHSx.split([self.n, self.v], dim=-1)
         query = torch.cat((q_nope_BHTn, q_rope_BHTr), dim=-1)
         key = torch.cat((k_nope_BHSn, k_rope_B1Sr.expand(-1, k_nope_BHSn.shape[1], -1, -1)), dim=-1)
-        return self.attend(query, key, value_BHSv, attention_mask, **kwargs)
+        if query.device.type == "cpu" and self.v < self.n + self.r:
+            # torch's fused CPU kernel takes equal widths only; without it the whole score matrix is formed.
+            value_BHSv = F.pad(value_BHSv, (0, self.n + self.r - self.v))
+        output_BTHx, weights_BHTS = self.attend(query, key, value_BHSv, attention_mask, **kwargs)
+        return output_BTHx[..., : self.v], weights_BHTS
 
     def attend_absorbed(self, q_nope_BHTn, q_rope_BHTr, latent_B1Sl, attention_mask, **kwargs):
         """Attention on the latents. The heads of a token become rows of one head, so no key is copied per head."""

@@ -1,10 +1,38 @@
 """The small parts every layer is made of: RMSNorm and the dense feed-forward layer."""
 
+import functools
+
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
 from .configuration_nanodeepseek import NanoDeepSeekConfig
+
+
+def compute_dtype(x: torch.Tensor) -> torch.dtype:
+    """The dtype matrix products on `x` should run in: x's own, or autocast's where it is on.
+
+    For the modules autocast does not see into. On a CPU without bf16 matrix units (AMX) fp32 products are both faster
+    and more exact than bf16 ones: autocast's bf16 is left aside there.
+    """
+    device = x.device.type
+    if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
+        return x.dtype
+    dtype = torch.get_autocast_dtype(device)
+    if device == "cpu" and dtype == torch.bfloat16 and not torch.cpu._is_amx_tile_supported():
+        return x.dtype
+    return dtype
+
+
+def without_autocast(function):
+    """For forward and backward of an autograd.Function whose operands already have the dtype they should have."""
+
+    @functools.wraps(function)
+    def run(ctx, x: torch.Tensor, *args):
+        with torch.autocast(x.device.type, enabled=False):
+            return function(ctx, x, *args)
+
+    return run
 
 
 class Fp32Buffers(nn.Module):

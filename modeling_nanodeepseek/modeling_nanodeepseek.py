@@ -11,6 +11,7 @@ from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeModelOutputWithPast
@@ -24,8 +25,10 @@ from .attention import ATTENTION_TYPES, GroupedQueryAttention, MultiHeadLatentAt
 from .cache import LatentCache
 from .checkpoints import register_conversions
 from .configuration_nanodeepseek import NanoDeepSeekConfig
+from .experts import DEFAULT_EXPERTS, GatedExperts, PlainExperts
 from .layers import RMSNorm, build_mlp
-from .moe import DeepseekMoE, GatedExperts, PlainExperts, TopkRouter, sequence_balance_loss
+from .losses import is_plain_linear, linear_cross_entropy
+from .moe import DeepseekMoE, TopkRouter, sequence_balance_loss
 from .rotary import RotaryEmbedding
 
 
@@ -37,7 +40,7 @@ class NanoDeepSeekCausalLMOutput(ModelOutput):
         loss: in training ce_loss + aux_loss_alpha * balance_loss; in evaluation ce_loss. Given labels only.
         ce_loss: next-token cross-entropy in nats, the mean over targets (or their sum / num_items_in_batch).
         balance_loss: the sequence-wise balance loss before its factor; in training with labels and experts only.
-        logits: [B, T, vocab_size].
+        logits: [B, T, vocab_size]; None in training with labels, where they are not all formed (see `skip_logits`).
         past_key_values, hidden_states, attentions, router_logits: as in transformers.
     """
 
@@ -49,6 +52,11 @@ class NanoDeepSeekCausalLMOutput(ModelOutput):
     router_logits: tuple[torch.Tensor, ...] | None = None
     ce_loss: torch.Tensor | None = None
     balance_loss: torch.Tensor | None = None
+
+
+def loss_arguments(kwargs: dict) -> dict:
+    """What a caller's keyword arguments say about the cross-entropy."""
+    return {name: kwargs[name] for name in ("shift_labels", "num_items_in_batch", "ignore_index") if name in kwargs}
 
 
 def real_token_mask(attention_mask: torch.Tensor | None, length: int) -> torch.Tensor | None:
@@ -116,6 +124,9 @@ class NanoDeepSeekPreTrainedModel(PreTrainedModel):
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
         return True
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        return super().get_correct_experts_implementation(requested_experts or DEFAULT_EXPERTS)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -257,6 +268,7 @@ class NanoDeepSeekForCausalLM(NanoDeepSeekPreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        skip_logits: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> NanoDeepSeekCausalLMOutput:
         r"""As `NanoDeepSeekModel.forward`, and
@@ -264,6 +276,10 @@ class NanoDeepSeekForCausalLM(NanoDeepSeekPreTrainedModel, GenerationMixin):
         Args:
             labels: [B, T], the input ids with -100 where nothing is to be learned; shifted here.
             logits_to_keep: compute the logits of the last so many tokens only, or of these positions; 0 is all.
+            skip_logits: with labels, compute the loss without ever holding all the logits, and return None for them.
+                The default does so in training; False returns logits always. A head that is more than a product with
+                its weight (an adapter, a sharded or quantised one), a loss function of your own and torch.compile
+                need the logits, and get them.
             num_items_in_batch: targets in the whole optimizer batch; every loss term is then a sum divided by it, so
                 that micro-batches add up to the batch. Trainer passes it.
         """
@@ -279,10 +295,14 @@ class NanoDeepSeekForCausalLM(NanoDeepSeekPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
-        loss = ce_loss = balance_loss = None
-        if labels is not None:
+        hidden_states = outputs.last_hidden_state
+        logits = loss = ce_loss = balance_loss = None
+        if labels is not None and self._skips_logits(skip_logits, logits_to_keep):
+            loss = ce_loss = linear_cross_entropy(hidden_states, self.lm_head, labels, **loss_arguments(kwargs))
+        else:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(hidden_states[:, kept])
+        if labels is not None and ce_loss is None:
             loss = ce_loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
         if balanced:
             balance_loss = self._balance_loss(outputs.router_logits, labels, attention_mask, **kwargs)
@@ -297,6 +317,12 @@ class NanoDeepSeekForCausalLM(NanoDeepSeekPreTrainedModel, GenerationMixin):
             ce_loss=ce_loss,
             balance_loss=balance_loss,
         )
+
+    def _skips_logits(self, skip_logits: bool | None, logits_to_keep: int | torch.Tensor) -> bool:
+        wanted = self.training if skip_logits is None else skip_logits
+        whole = isinstance(logits_to_keep, int) and logits_to_keep == 0
+        possible = is_plain_linear(self.lm_head) and self.loss_function is ForCausalLMLoss
+        return wanted and whole and possible and not torch.compiler.is_compiling()
 
     def _wants_balance_loss(self, labels: torch.Tensor | None) -> bool:
         config = self.config

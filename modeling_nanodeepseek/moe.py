@@ -7,11 +7,9 @@ m expert width, B sequences. An index of E in a choice means "no expert": that s
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers.activations import ACT2FN
-from transformers.integrations import use_experts_implementation
 
-from .checkpoints import stack_expert_keys
 from .configuration_nanodeepseek import NanoDeepSeekConfig
+from .experts import GatedExperts, PlainExperts
 from .layers import Fp32Buffers, build_mlp
 
 
@@ -106,75 +104,6 @@ class TopkRouter(Fp32Buffers):
         counts_E = torch.zeros(experts + 1, device=choice_TK.device)
         counts_E = counts_E.scatter_add(0, choice_TK.flatten(), weights_TK.flatten())[:experts].long()
         self.tokens_per_expert = counts_E if self.tokens_per_expert is None else self.tokens_per_expert + counts_E
-
-
-class _Experts(nn.Module):
-    """What both kinds of stacked experts share: sizes, the sorted loop, and reading per-expert checkpoints."""
-
-    stacked_names: dict[str, tuple[str, ...]]  # parameter -> the per-expert keys it is made of, in order
-
-    def __init__(self, config: NanoDeepSeekConfig):
-        super().__init__()
-        self.num_experts = config.n_routed_experts
-        self.hidden_dim = config.hidden_size
-        self.intermediate_dim = config.moe_intermediate_size
-        self.act_fn = ACT2FN[config.hidden_act]
-        self.down_proj = nn.Parameter(torch.empty(self.num_experts, self.hidden_dim, self.intermediate_dim))
-        # Trainer resumes through plain load_state_dict, where transformers' own conversion does not reach.
-        self.register_load_state_dict_pre_hook(stack_expert_keys)
-
-    def sorted_loop(self, hidden_Td: torch.Tensor, indices_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
-        """sum_k w_k Expert_k(u) by one GEMM per expert on its tokens, gathered once: the reference implementation."""
-        K = indices_TK.shape[1]
-        experts_sorted, order = indices_TK.flatten().sort(stable=True)
-        counts = torch.bincount(experts_sorted, minlength=self.num_experts + 1).tolist()
-        # index_select, not []: its backward is an index_add, several times faster on a CPU.
-        gathered = hidden_Td.index_select(0, order // K).split(counts)
-        outputs = [self.run_expert(e, tokens) for e, tokens in enumerate(gathered[:-1])]
-        outputs.append(torch.zeros_like(gathered[-1]))  # dropped slots
-        output = torch.cat(outputs).index_select(0, order.argsort()).unflatten(0, (-1, K))
-        return (output * weights_TK[..., None]).sum(1).to(hidden_Td.dtype)
-
-
-@use_experts_implementation
-class GatedExperts(_Experts):
-    r"""E gated MLPs, stacked: gate_up_proj [E, 2m, d] (gate rows, then up rows), down_proj [E, d, m].
-
-    Which implementation runs (`eager` here, `batched_mm`, `grouped_mm`, ...) is chosen by transformers through
-    `config._experts_implementation`; they agree to rounding.
-
-    Shapes: hidden [T, d], indices [T, K], weights [T, K] -> [T, d].
-    """
-
-    stacked_names = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
-
-    def __init__(self, config: NanoDeepSeekConfig):
-        super().__init__(config)
-        self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * self.intermediate_dim, self.hidden_dim))
-
-    def forward(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor):
-        return self.sorted_loop(hidden_states, top_k_index, top_k_weights)
-
-    def run_expert(self, expert: int, hidden: torch.Tensor) -> torch.Tensor:
-        gate, up = F.linear(hidden, self.gate_up_proj[expert]).chunk(2, dim=-1)
-        return F.linear(self.act_fn(gate) * up, self.down_proj[expert])
-
-
-@use_experts_implementation(has_gate=False)
-class PlainExperts(_Experts):
-    """E ungated MLPs, stacked: up_proj [E, m, d], down_proj [E, d, m]. Shapes as in `GatedExperts`."""
-
-    stacked_names = {"up_proj": ("up_proj",), "down_proj": ("down_proj",)}
-
-    def __init__(self, config: NanoDeepSeekConfig):
-        super().__init__(config)
-        self.up_proj = nn.Parameter(torch.empty(self.num_experts, self.intermediate_dim, self.hidden_dim))
-
-    def forward(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor):
-        return self.sorted_loop(hidden_states, top_k_index, top_k_weights)
-
-    def run_expert(self, expert: int, hidden: torch.Tensor) -> torch.Tensor:
-        return F.linear(self.act_fn(F.linear(hidden, self.up_proj[expert])), self.down_proj[expert])
 
 
 class DeepseekMoE(nn.Module):

@@ -140,7 +140,7 @@ def test_registered_with_the_auto_classes(tmp_path):
 
 def test_the_loss_is_the_sum_of_its_terms():
     model, ids = tiny_model(aux_loss_alpha=0.3).train(), tokens()
-    output = model(ids, labels=ids)
+    output = model(ids, labels=ids, skip_logits=False)
     expected = F.cross_entropy(output.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     assert output.ce_loss.item() == pytest.approx(expected.item(), rel=1e-6)
     assert output.loss.item() == pytest.approx((output.ce_loss + 0.3 * output.balance_loss).item(), rel=1e-6)

@@ -118,7 +118,11 @@ def test_adaptive_number_of_experts():
     assert len(kept_counts) > 1  # the threshold does something on this input
 
 
-IMPLEMENTATIONS = ["eager", "batched_mm", "grouped_mm"]
+IMPLEMENTATIONS = ["sorted_mm", "eager", "batched_mm", "grouped_mm"]
+
+
+def run_expert(experts, expert: int, hidden: torch.Tensor) -> torch.Tensor:
+    return experts.down_proj[expert] @ experts.activate(experts.up_weight()[expert] @ hidden)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -145,7 +149,7 @@ def test_experts_by_the_definition(implementation, threshold, gated):
         row = moe.shared_experts(hidden[0, t])
         for weight, expert in zip(weights[t], indices[t]):
             if expert < 8:
-                row = row + weight * moe.experts.run_expert(int(expert), hidden[0, t])
+                row = row + weight * run_expert(moe.experts, int(expert), hidden[0, t])
         rows.append(row)
     expected = torch.stack(rows)[None]
     assert_close(expected, output, 1e-5, "output")
@@ -173,17 +177,13 @@ def test_few_tokens(implementation, count):
 
 def test_the_fast_experts_really_run(monkeypatch):
     """transformers looks for the switch in the model file's text; ours lies elsewhere and must still be found."""
-    from transformers.integrations import moe as integration
+    from modeling_nanodeepseek import experts
 
     model = tiny_model()
-    assert model.config._experts_implementation == "grouped_mm"
+    assert model.config._experts_implementation == "sorted_mm"
     calls = []
-    inner = integration.grouped_mm_experts_forward
-    monkeypatch.setitem(
-        integration.ALL_EXPERTS_FUNCTIONS._global_mapping,
-        "grouped_mm",
-        lambda *a, **k: calls.append(1) or inner(*a, **k),
-    )
+    inner = experts._SortedExperts.apply
+    monkeypatch.setattr(experts._SortedExperts, "apply", lambda *a: calls.append(1) or inner(*a))
     model(tokens())
     assert len(calls) == 2
     model.set_experts_implementation("eager")

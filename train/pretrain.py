@@ -103,8 +103,6 @@ def build_trainer(recipe: Recipe, args: TrainingArguments) -> NanoDeepSeekTraine
         validation_rows = pack(validation_documents, tokenizer, length, workers)
         if recipe.tokenizer.path is None and recipe.model.checkpoint is None:
             tokenizer.model_max_length = model.config.max_position_embeddings
-    if args.device.type == "cpu":
-        model.set_experts_implementation("eager")  # one GEMM per expert; the grouped one is a loop inside torch there
     return NanoDeepSeekTrainer(
         model,
         args,
