@@ -50,6 +50,33 @@ class Fp32Buffers(nn.Module):
         return self
 
 
+class _WeightedRMSNorm(torch.autograd.Function):
+    """The same on a CPU, in a third of the passes over memory.
+
+    Backward is LayerNorm's with a mean of zero, which torch has fused: it lacks only a term, because there the mean
+    depends on x:  dx = rstd (w g - xhat mean(w g xhat)) = dx_LayerNorm + rstd mean(w g).
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        exact = torch.promote_types(x.dtype, torch.float32)
+        mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=exact).square_().div_(x.shape[-1])
+        rstd = mean_square.add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, rstd)
+        return weight * (x * rstd).to(x.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, weight, rstd = ctx.saved_tensors
+        grad, x_, weight_ = (tensor.to(rstd.dtype) for tensor in (grad, x, weight))
+        dx, dweight, _ = torch.ops.aten.native_layer_norm_backward(
+            grad, x_, weight.shape, torch.zeros_like(rstd), rstd, weight_, None, [True, True, False]
+        )
+        dx.addcmul_((grad @ weight_).div_(x.shape[-1]).unsqueeze(-1), rstd)
+        return dx.to(x.dtype), dweight.to(weight.dtype), None
+
+
 class RMSNorm(nn.Module):
     r"""Root mean square normalisation (arXiv:1910.07467, eq. 4).
 
@@ -70,6 +97,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim)) if learned else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.weight is not None and x.device.type == "cpu" and not torch.compiler.is_compiling():
+            return _WeightedRMSNorm.apply(x, self.weight, self.eps)
         x32 = x.to(torch.promote_types(x.dtype, torch.float32))
         normed = (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
         return normed if self.weight is None else self.weight * normed
