@@ -101,14 +101,14 @@ class MultiHeadLatentAttention(nn.Module):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        position_embeddings: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         B, T, _ = hidden_states.shape
-        q_nope_BHTn, q_rope_BHTr = self.query(hidden_states, *position_embeddings)
-        latent_B1Sl = self.latent(hidden_states, *position_embeddings)
+        q_nope_BHTn, q_rope_BHTr = self.query(hidden_states, position_embeddings)
+        latent_B1Sl = self.latent(hidden_states, position_embeddings)
         if past_key_values is not None:
             # The latent is the whole state: it is cached as the keys, with values of width 0.
             latent_B1Sl, _ = past_key_values.update(latent_B1Sl, latent_B1Sl[..., :0], self.layer_idx)
@@ -120,7 +120,7 @@ class MultiHeadLatentAttention(nn.Module):
         output_BTHv, weights_BHTS = attend(q_nope_BHTn, q_rope_BHTr, latent_B1Sl, attention_mask, **kwargs)
         return self.o_proj(output_BTHv.reshape(B, T, -1)), weights_BHTS
 
-    def query(self, hidden_states, cos, sin) -> tuple[torch.Tensor, torch.Tensor]:
+    def query(self, hidden_states, turns) -> tuple[torch.Tensor, torch.Tensor]:
         """[B, T, d] -> the part without position [B, H, T, n] and the rotated part [B, H, T, r]."""
         if self.config.q_lora_rank is None:
             q_BTx = self.q_proj(hidden_states)
@@ -128,12 +128,12 @@ class MultiHeadLatentAttention(nn.Module):
             q_BTx = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)))
         q_BHTx = q_BTx.unflatten(-1, (-1, self.n + self.r)).transpose(1, 2)
         q_nope_BHTn, q_rope_BHTr = q_BHTx.split([self.n, self.r], dim=-1)
-        return q_nope_BHTn, rotate(q_rope_BHTr, cos, sin, self.config.rope_interleave)
+        return q_nope_BHTn, rotate(q_rope_BHTr, turns, self.config.rope_interleave)
 
-    def latent(self, hidden_states, cos, sin) -> torch.Tensor:
+    def latent(self, hidden_states, turns) -> torch.Tensor:
         """[B, T, d] -> what the cache holds, [cKV ; kR], as one head: [B, 1, T, l]."""
         kv_BTc, k_rope_BTr = self.kv_a_proj_with_mqa(hidden_states).split([self.c, self.r], dim=-1)
-        k_rope_B1Tr = rotate(k_rope_BTr[:, None], cos, sin, self.config.rope_interleave)
+        k_rope_B1Tr = rotate(k_rope_BTr[:, None], turns, self.config.rope_interleave)
         return torch.cat((self.kv_a_layernorm(kv_BTc)[:, None], k_rope_B1Tr), dim=-1)
 
     def attend_expanded(self, q_nope_BHTn, q_rope_BHTr, latent_B1Sl, attention_mask, **kwargs):
@@ -212,19 +212,18 @@ class GroupedQueryAttention(nn.Module):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        position_embeddings: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         B, T, _ = hidden_states.shape
-        cos, sin = position_embeddings
 
         def heads(projection: nn.Linear) -> torch.Tensor:
             return projection(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
-        query = rotate(self.q_norm(heads(self.q_proj)), cos, sin, interleaved=False)
-        key = rotate(self.k_norm(heads(self.k_proj)), cos, sin, interleaved=False)
+        query = rotate(self.q_norm(heads(self.q_proj)), position_embeddings, interleaved=False)
+        key = rotate(self.k_norm(heads(self.k_proj)), position_embeddings, interleaved=False)
         value = heads(self.v_proj)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)

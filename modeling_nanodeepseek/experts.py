@@ -21,6 +21,28 @@ from .layers import compute_dtype, without_autocast
 DEFAULT_EXPERTS = "sorted_mm"
 
 
+def _per_expert(counts: list[int], *rows: torch.Tensor):
+    """(expert, its part of each of `rows`) for every expert that has tokens; the last count is of dropped slots."""
+    start = 0
+    for expert, count in enumerate(counts[:-1]):
+        if count:
+            yield expert, *(r.narrow(0, start, count) for r in rows)
+            start += count
+
+
+def _one_by_one(hidden_Td, weights_TK, up_Exd, down_Edm, tokens, slots, counts, activate, keep=None) -> torch.Tensor:
+    """The forward of `_SortedExperts`; `keep` is called with each expert's h."""
+    weights = weights_TK.flatten().index_select(0, slots).to(hidden_Td.dtype)
+    total_Td = torch.zeros_like(hidden_Td, dtype=torch.promote_types(hidden_Td.dtype, torch.float32))
+    for e, rows, w in _per_expert(counts, tokens, weights):
+        h = hidden_Td.index_select(0, rows) @ up_Exd[e].T
+        if keep is not None:
+            keep(h)
+        y = (activate(h) * w[:, None]) @ down_Edm[e].T
+        total_Td.index_add_(0, rows, y.to(total_Td.dtype))
+    return total_Td.to(hidden_Td.dtype)
+
+
 class _SortedExperts(torch.autograd.Function):
     """sum_k w_k Expert_k(u), one expert after the other, with a backward that keeps little and copies little.
 
@@ -36,25 +58,19 @@ class _SortedExperts(torch.autograd.Function):
     """
 
     @staticmethod
-    @without_autocast
     def forward(ctx, hidden_Td, weights_TK, up_Exd, down_Edm, tokens, slots, counts, activate):
-        weights = weights_TK.flatten().index_select(0, slots).to(hidden_Td.dtype)
-        total_Td = torch.zeros_like(hidden_Td, dtype=torch.promote_types(hidden_Td.dtype, torch.float32))
-        pre_activations = []
-        for e, rows, w in _per_expert(counts, tokens, weights):
-            h = hidden_Td.index_select(0, rows) @ up_Exd[e].T
-            y = (activate(h) * w[:, None]) @ down_Edm[e].T
-            total_Td.index_add_(0, rows, y.to(total_Td.dtype))
-            pre_activations.append(h)
-        ctx.counts, ctx.activate, ctx.weights_like = counts, activate, weights_TK
-        ctx.save_for_backward(hidden_Td, up_Exd, down_Edm, tokens, slots, weights, *pre_activations)
-        return total_Td.to(hidden_Td.dtype)
+        kept = []
+        output = _one_by_one(hidden_Td, weights_TK, up_Exd, down_Edm, tokens, slots, counts, activate, kept.append)
+        ctx.counts, ctx.activate = counts, activate
+        ctx.save_for_backward(hidden_Td, weights_TK, up_Exd, down_Edm, tokens, slots, *kept)
+        return output
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     @without_autocast
     def backward(ctx, grad_Td):
-        hidden_Td, up_Exd, down_Edm, tokens, slots, weights, *pre_activations = ctx.saved_tensors
+        hidden_Td, weights_TK, up_Exd, down_Edm, tokens, slots, *pre_activations = ctx.saved_tensors
+        weights = weights_TK.flatten().index_select(0, slots).to(hidden_Td.dtype)
         need_up, need_down = ctx.needs_input_grad[2:4]
         grad_hidden_Td = torch.zeros_like(hidden_Td, dtype=torch.promote_types(hidden_Td.dtype, torch.float32))
         grad_weights = torch.zeros_like(weights)
@@ -75,17 +91,10 @@ class _SortedExperts(torch.autograd.Function):
             if need_up:
                 torch.mm(dh.T, hidden_Td.index_select(0, rows), out=grad_up_Exd[e])
             grad_hidden_Td.index_add_(0, rows, (dh @ up_Exd[e]).to(grad_hidden_Td.dtype))
-        grad_weights_TK = torch.zeros_like(ctx.weights_like)
+        grad_weights_TK = torch.zeros_like(weights_TK)
         grad_weights_TK.view(-1).index_copy_(0, slots, grad_weights.to(grad_weights_TK.dtype))
         grad_hidden_Td = grad_hidden_Td.to(hidden_Td.dtype)
         return grad_hidden_Td, grad_weights_TK, grad_up_Exd, grad_down_Edm, None, None, None, None
-
-
-def _per_expert(counts: list[int], *rows: torch.Tensor):
-    """(expert, its part of each of `rows`) for every expert that has tokens; the last count is of dropped slots."""
-    for expert, parts in enumerate(zip(*(r.split(counts) for r in rows))):
-        if expert < len(counts) - 1 and counts[expert]:
-            yield expert, *parts
 
 
 def _grouped(hidden_Td, weights_TK, up_Exd, down_Edm, sorted_experts, tokens, slots, activate, drops: bool):
@@ -108,6 +117,15 @@ def _grouped(hidden_Td, weights_TK, up_Exd, down_Edm, sorted_experts, tokens, sl
     return y_TKd.sum(1, dtype=torch.promote_types(y.dtype, torch.float32)).to(hidden_Td.dtype)
 
 
+def _one_token(hidden_1d, weights_1K, up_Exd, down_Edm, indices_1K, activate) -> torch.Tensor:
+    """The same for a single token, as in decoding: nothing to sort, gather or scatter."""
+    total_1d = torch.zeros_like(hidden_1d, dtype=torch.promote_types(hidden_1d.dtype, torch.float32))
+    for e, w in zip(indices_1K[0].tolist(), weights_1K[0].to(hidden_1d.dtype).unbind()):
+        if e < len(up_Exd):
+            total_1d += F.linear(activate(F.linear(hidden_1d, up_Exd[e])) * w, down_Edm[e])
+    return total_1d.to(hidden_1d.dtype)
+
+
 def sorted_mm(module, hidden_states, top_k_index, top_k_weights) -> torch.Tensor:
     """Our experts implementation: every token's row sorted by expert, then GEMMs in the dtype of autocast.
 
@@ -115,19 +133,27 @@ def sorted_mm(module, hidden_states, top_k_index, top_k_weights) -> torch.Tensor
     their alignment of 16 bytes. Shapes: [T, d], [T, K], [T, K] -> [T, d]. The order of a token's experts in the sum is
     that of their numbers.
     """
-    up, down = module.up_weight(), module.down_proj
-    sorted_experts, slots = top_k_index.flatten().sort(stable=True)
-    tokens = slots // top_k_index.shape[1]
+    up, down, activate = module.up_weight(), module.down_proj, module.activate
     dtype = compute_dtype(hidden_states)
     operands = hidden_states.to(dtype), top_k_weights, up.to(dtype), down.to(dtype)
     aligned = all(size * dtype.itemsize % 16 == 0 for size in (*up.shape[1:], *down.shape[1:]))
-    if aligned and (hidden_states.is_cuda or torch.compiler.is_compiling()):
-        drops = module._is_expert_parallel
-        output = _grouped(*operands, sorted_experts, tokens, slots, module.activate, drops)
-    else:
-        counts = torch.bincount(sorted_experts, minlength=module.num_experts + 1).tolist()
-        output = _SortedExperts.apply(*operands, tokens, slots, counts, module.activate)
+    with torch.autocast(hidden_states.device.type, enabled=False):
+        if aligned and (hidden_states.is_cuda or torch.compiler.is_compiling()):
+            output = _grouped(*operands, *_sort(top_k_index), activate, drops=module._is_expert_parallel)
+        elif len(hidden_states) == 1 and not torch.is_grad_enabled():
+            output = _one_token(*operands, top_k_index, activate)
+        else:
+            sorted_experts, tokens, slots = _sort(top_k_index)
+            counts = torch.bincount(sorted_experts, minlength=module.num_experts + 1).tolist()
+            run = _SortedExperts.apply if torch.is_grad_enabled() else _one_by_one
+            output = run(*operands, tokens, slots, counts, activate)
     return output.to(hidden_states.dtype)
+
+
+def _sort(indices_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """All T K choices sorted by expert: the experts, their tokens, and their places in [T K]."""
+    sorted_experts, slots = indices_TK.flatten().sort(stable=True)
+    return sorted_experts, slots // indices_TK.shape[1], slots
 
 
 # Idempotent: the installed package and a copy loaded from the Hub may both run it.

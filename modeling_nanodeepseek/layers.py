@@ -4,6 +4,7 @@ import functools
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
 from .configuration_nanodeepseek import NanoDeepSeekConfig
@@ -97,11 +98,14 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim)) if learned else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.weight is not None and x.device.type == "cpu" and not torch.compiler.is_compiling():
+        if (
+            self.weight is not None
+            and torch.is_grad_enabled()
+            and x.device.type == "cpu"
+            and not torch.compiler.is_compiling()
+        ):
             return _WeightedRMSNorm.apply(x, self.weight, self.eps)
-        x32 = x.to(torch.promote_types(x.dtype, torch.float32))
-        normed = (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
-        return normed if self.weight is None else self.weight * normed
+        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
 
     def extra_repr(self) -> str:
         return f"eps={self.eps}, learned={self.weight is not None}"

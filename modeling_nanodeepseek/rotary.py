@@ -1,7 +1,7 @@
 """Rotary position embedding in DeepSeek's two layouts, with YaRN.
 
 Frequencies come from transformers' own RoPE functions (the YaRN there agrees with the V3 code to the last bit); what
-is ours is the application: both layouts by one function, in fp32.
+is ours is the application: both layouts by one function, in fp32. A rope key looks as it does in DeepSeek's own cache.
 """
 
 import math
@@ -14,11 +14,12 @@ from .layers import Fp32Buffers
 
 
 class RotaryEmbedding(Fp32Buffers):
-    r"""cos and sin of position times frequency, theta_j = base^(-2j/r), j < r/2 (RoFormer, arXiv:2104.09864 eq. 15).
+    r"""e^{i t theta_j} for position t, theta_j = base^(-2j/r), j < r/2 (RoFormer, arXiv:2104.09864 eq. 15).
 
-    r is `config.head_dim`: qk_rope_head_dim for MLA, the whole head for GQA. YaRN (arXiv:2309.00071) replaces theta.
+    r is `config.head_dim`: qk_rope_head_dim for MLA, the whole head for GQA. YaRN (arXiv:2309.00071) replaces theta,
+    and scales the result where its two mscales differ.
 
-    Shapes: position_ids [B, T] -> cos, sin, each [B, T, r/2], fp32.
+    Shapes: position_ids [B, T] -> [B, T, r/2], complex of two fp32.
     """
 
     def __init__(self, config: NanoDeepSeekConfig):
@@ -37,24 +38,29 @@ class RotaryEmbedding(Fp32Buffers):
         return 1.0 / config.rope_parameters["rope_theta"] ** exponent, 1.0
 
     @torch.no_grad()
-    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         """`x` gives the device alone; angles stay fp32, because bf16 cannot hold a position beyond 256 exactly."""
         angles = position_ids[..., None].float() * self.inv_freq.to(device=x.device, dtype=torch.float)
-        return angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+        return torch.complex(angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling)
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
-    r"""Rotates pair j of x by its angle: (a, b) -> (a cos - b sin, b cos + a sin).
+def rotate(x: torch.Tensor, turns: torch.Tensor, interleaved: bool) -> torch.Tensor:
+    r"""Rotates pair j of x by its angle: (a, b) -> (a cos - b sin, b cos + a sin), the product (a + bi) e^{i angle}.
 
-    Pairs are (x[2j], x[2j+1]) if `interleaved` (DeepSeek's attention), else (x[j], x[j+r/2]) (DeepSeek's indexer, GQA).
-    The result always lists all first members, then all second members. Queries and keys are reordered alike, so their
-    products are DeepSeek's; a cached rope key differs from DeepSeek's own cache by that permutation.
+    Pairs are (x[2j], x[2j+1]) if `interleaved` (DeepSeek's attention), else (x[j], x[j+r/2]) (DeepSeek's indexer, GQA);
+    the result has them in the same places.
 
-    Shapes: x [B, H, T, r]; cos, sin [B, T, r/2] -> [B, H, T, r], dtype of x; arithmetic in fp32 (fp64 for fp64).
+    Shapes: x [B, H, T, r]; turns [B, T, r/2] -> [B, H, T, r], dtype of x; arithmetic in fp32 (fp64 for fp64).
     """
-    cos, sin = cos[:, None], sin[:, None]
+    turns = turns[:, None]
+    if interleaved and not torch.compiler.is_compiling():  # compilers do better on real numbers
+        pairs = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, 2))
+        if pairs.storage_offset() % 2 or any(stride % 2 for stride in pairs.stride()[:-1]):
+            pairs = pairs.contiguous()
+        return torch.view_as_real(torch.view_as_complex(pairs) * turns).flatten(-2).to(x.dtype)
     first, second = (x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+    turned = first * turns.real - second * turns.imag, second * turns.real + first * turns.imag
+    return (torch.stack(turned, dim=-1).flatten(-2) if interleaved else torch.cat(turned, dim=-1)).to(x.dtype)
 
 
 def softmax_scale(config: NanoDeepSeekConfig, head_dim: int) -> float:

@@ -11,7 +11,7 @@ from tests.conftest import assert_close, tiny_config, tiny_model, tokens
 
 
 def build(seed: int = 0, **overrides):
-    """An attention layer in fp64 with random weights, its input, and cos and sin for two rows."""
+    """An attention layer in fp64 with random weights, its input, and the rotations of two rows."""
     torch.manual_seed(seed)
     config = tiny_config(**overrides)
     config._attn_implementation = overrides.get("attention", "eager")
@@ -102,14 +102,14 @@ def test_absorbed_equals_expanded(attention):
 @pytest.mark.parametrize("form", ["auto", "expanded", "absorbed"])
 @pytest.mark.parametrize("chunks", [[1] * 13, [5, 1, 7], [12, 1], [3, 10]])
 def test_cached_equals_full(form, chunks):
-    layer, hidden, (cos, sin) = build(attention_form="expanded")
-    full, _ = layer(hidden, (cos, sin), causal(13, 13))
+    layer, hidden, turns = build(attention_form="expanded")
+    full, _ = layer(hidden, turns, causal(13, 13))
     layer.config.attention_form = form
     cache, start, parts = LatentCache(layer.config), 0, []
     with torch.no_grad():
         for size in chunks:
             end = start + size
-            rotary = (cos[:, start:end], sin[:, start:end])
+            rotary = turns[:, start:end]
             parts.append(layer(hidden[:, start:end], rotary, causal(size, end), cache)[0])
             start = end
     assert_close(full, torch.cat(parts, 1), 1e-12)
@@ -125,15 +125,15 @@ def test_the_choice_between_forms():
 
 
 def test_auto_runs_what_it_chose(monkeypatch):
-    layer, hidden, (cos, sin) = build(attention_form="auto", kv_lora_rank=22)
+    layer, hidden, turns = build(attention_form="auto", kv_lora_rank=22)
     calls = []
     for form in ("expanded", "absorbed"):
         inner = getattr(layer, f"attend_{form}")
         monkeypatch.setattr(layer, f"attend_{form}", lambda *a, _f=form, _i=inner, **k: calls.append(_f) or _i(*a, **k))
     cache = LatentCache(layer.config)
     with torch.no_grad():
-        layer(hidden[:, :12], (cos[:, :12], sin[:, :12]), causal(12, 12), cache)
-        layer(hidden[:, 12:], (cos[:, 12:], sin[:, 12:]), None, cache)
+        layer(hidden[:, :12], turns[:, :12], causal(12, 12), cache)
+        layer(hidden[:, 12:], turns[:, 12:], None, cache)
     assert calls == ["expanded", "absorbed"]
 
 
@@ -162,14 +162,14 @@ def test_grouped_query_attention(qk_norm, attention):
     layer = GroupedQueryAttention(config, 0).double()
     hidden = torch.randn(2, 9, 40, dtype=torch.float64)
     positions = torch.arange(9).expand(2, -1)
-    cos, sin = RotaryEmbedding(config)(hidden, positions)
+    turns = RotaryEmbedding(config)(hidden, positions)
     mask = causal(9, 9) if attention == "eager" else None
-    output, _ = layer(hidden, (cos, sin), mask)
+    output, _ = layer(hidden, turns, mask)
 
     def heads(projection, norm, count):
         x = norm((hidden @ projection.weight.T).view(2, 9, count, 6))
         first, second = x.chunk(2, -1)
-        turn = [t[:, :, None].double() for t in (cos, sin)]
+        turn = [t[:, :, None].double() for t in (turns.real, turns.imag)]
         return torch.cat((first * turn[0] - second * turn[1], second * turn[0] + first * turn[1]), -1)
 
     q, k = heads(layer.q_proj, layer.q_norm, 4), heads(layer.k_proj, layer.k_norm, 2)
