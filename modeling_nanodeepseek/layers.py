@@ -105,7 +105,8 @@ class RMSNorm(nn.Module):
             and not torch.compiler.is_compiling()
         ):
             return _WeightedRMSNorm.apply(x, self.weight, self.eps)
-        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+        normed = F.rms_norm(x, x.shape[-1:], eps=self.eps)
+        return normed if self.weight is None else self.weight * normed
 
     def extra_repr(self) -> str:
         return f"eps={self.eps}, learned={self.weight is not None}"
