@@ -154,14 +154,18 @@ class MultiHeadLatentAttention(nn.Module):
         return output_BTHx[..., : self.v], weights_BHTS
 
     def trains_on_cpu(self, query: torch.Tensor, attention_mask: torch.Tensor | None) -> bool:
-        """Where blocked attention stands in for torch's kernel: the same result, with a faster backward."""
+        """Where blocked attention stands in for torch's kernel: the same result, with a faster backward.
+
+        By `training`, not by whether gradients are wanted now: a reentrant checkpoint's first pass wants none, and must
+        round as the second does, or tokens may take other experts there.
+        """
         return (
-            self.config._attn_implementation == "sdpa"
+            self.training
+            and backend_of(self.config) == "sdpa"
             and query.device.type == "cpu"
-            and torch.is_grad_enabled()
             and query.shape[2] > 1
             and (attention_mask is None or attention_mask.dtype == torch.bool)
-            and not (self.training and self.attention_dropout)
+            and not self.attention_dropout
             and not torch.compiler.is_compiling()
         )
 

@@ -140,7 +140,7 @@ def sorted_mm(module, hidden_states, top_k_index, top_k_weights) -> torch.Tensor
     with torch.autocast(hidden_states.device.type, enabled=False):
         if aligned and (hidden_states.is_cuda or torch.compiler.is_compiling()):
             output = _grouped(*operands, *_sort(top_k_index), activate, drops=module._is_expert_parallel)
-        elif len(hidden_states) == 1 and not torch.is_grad_enabled():
+        elif len(hidden_states) == 1 and not module.training and not torch.is_grad_enabled():
             output = _one_token(*operands, top_k_index, activate)
         else:
             sorted_experts, tokens, slots = _sort(top_k_index)
