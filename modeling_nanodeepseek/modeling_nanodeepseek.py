@@ -8,18 +8,16 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.loss.loss_utils import ForCausalLMLoss
-from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
-from transformers.utils.generic import is_flash_attention_requested, merge_with_config_defaults
+from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention import ATTENTION_TYPES, GroupedQueryAttention, MultiHeadLatentAttention
@@ -29,6 +27,7 @@ from .configuration_nanodeepseek import NanoDeepSeekConfig
 from .experts import DEFAULT_EXPERTS, GatedExperts, PlainExperts
 from .layers import RMSNorm, build_mlp
 from .losses import is_plain_linear, linear_cross_entropy
+from .masks import causal_mask, real_token_mask
 from .moe import DeepseekMoE, TopkRouter, sequence_balance_loss
 from .rotary import RotaryEmbedding
 
@@ -58,39 +57,6 @@ class NanoDeepSeekCausalLMOutput(ModelOutput):
 def loss_arguments(kwargs: dict) -> dict:
     """What a caller's keyword arguments say about the cross-entropy."""
     return {name: kwargs[name] for name in ("shift_labels", "num_items_in_batch", "ignore_index") if name in kwargs}
-
-
-def real_token_mask(attention_mask: torch.Tensor | None, length: int) -> torch.Tensor | None:
-    """The part of a 2-D padding mask [B, S] that is about the last `length` tokens, [B, length]; None without one."""
-    is_padding_mask = isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2
-    return attention_mask[:, -length:] if is_padding_mask else None
-
-
-def packed_documents(position_ids: torch.Tensor, real_tokens: torch.Tensor | None) -> torch.Tensor | None:
-    """Which document of its row each token belongs to, [B, T] counted from 0; None if no row holds two.
-
-    Without padding a document starts wherever positions do not go up by one. Beside padding, which callers count or
-    skip as they like, it starts at a real token whose position is not above that of the real token before it.
-    """
-    if real_tokens is None:
-        starts = position_ids[:, 1:] != position_ids[:, :-1] + 1
-    else:
-        real = real_tokens.bool()
-        columns = torch.arange(position_ids.shape[1], device=position_ids.device)
-        last_real = columns.expand_as(real).masked_fill(~real, -1).cummax(-1).values[:, :-1]
-        before = position_ids.expand_as(real).gather(1, last_real.clamp(min=0))
-        starts = real[:, 1:] & (last_real >= 0) & (position_ids[:, 1:] <= before)
-    documents = F.pad(starts.cumsum(-1), (1, 0))
-    return documents if documents[:, -1].any() else None
-
-
-def flash_lengths(documents: torch.Tensor) -> dict[str, torch.Tensor | int]:
-    """What flash kernels take instead of a mask: where each run of equal numbers in [B, T] starts, rows joined."""
-    changes = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)
-    starts = changes.flatten().nonzero().flatten()
-    edges = F.pad(starts, (0, 1), value=documents.numel()).to(torch.int32)
-    longest = int(edges.diff().max())
-    return {"cu_seq_lens_q": edges, "cu_seq_lens_k": edges, "max_length_q": longest, "max_length_k": longest}
 
 
 class NanoDeepSeekDecoderLayer(GradientCheckpointingLayer):
@@ -206,8 +172,8 @@ class NanoDeepSeekModel(NanoDeepSeekPreTrainedModel):
         Args:
             input_ids: [B, T], or else `inputs_embeds` [B, T, d].
             attention_mask: [B, S] of 0 (padding) and 1, S counting cached tokens too; or a prepared 4-D mask.
-            position_ids: [B, T]. Without padding and cached tokens, documents packed into a row are told apart by
-                positions that do not increase by one; they do not see each other.
+            position_ids: [B, T]. Without cached tokens, documents packed into a row are told apart by positions that
+                start anew (`masks.py`); they do not see each other.
             past_key_values: a cache to read and extend.
             use_cache: return a cache; ignored in training unless one is passed.
 
@@ -222,7 +188,7 @@ class NanoDeepSeekModel(NanoDeepSeekPreTrainedModel):
         if position_ids is None:
             past = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past)[None]
-        mask, kwargs = self._causal_mask(inputs_embeds, attention_mask, position_ids, past_key_values, kwargs)
+        mask, kwargs = causal_mask(self.config, inputs_embeds, attention_mask, position_ids, past_key_values, **kwargs)
         if use_cache and past_key_values is None and not self.training:
             past_key_values = self.new_cache()
 
@@ -240,47 +206,6 @@ class NanoDeepSeekModel(NanoDeepSeekPreTrainedModel):
         if self.training and torch.is_grad_enabled():
             self._count_expert_load(real_token_mask(attention_mask, hidden_states.shape[1]))
         return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
-
-    def _causal_mask(self, inputs_embeds, attention_mask, position_ids, past_key_values, kwargs):
-        """transformers' mask for the backend, and the kwargs with the lengths of packed documents if it is flash.
-
-        transformers looks for packed documents only without a padding mask and a cache, so a mask without padding and
-        a cache without tokens are left out (nothing else depends on them); beside padding, and for flash in rows of a
-        batch, it does not look at all.
-        """
-        settings = {"config": self.config, "inputs_embeds": inputs_embeds, "position_ids": position_ids}
-        flash, documents = is_flash_attention_requested(self.config), None
-        if attention_mask is not None and real_token_mask(attention_mask, 1) is None:
-            attention_mask = self._prepared_mask(attention_mask, inputs_embeds)
-        elif not torch.compiler.is_compiling():
-            if isinstance(past_key_values, (LatentCache, DynamicCache)) and past_key_values.get_seq_length() == 0:
-                past_key_values = None
-            if past_key_values is None and attention_mask is not None and attention_mask.all():
-                attention_mask = None
-            looks = "cu_seq_lens_q" not in kwargs if flash else attention_mask is not None
-            if past_key_values is None and looks:
-                documents = packed_documents(position_ids, real_token_mask(attention_mask, inputs_embeds.shape[1]))
-        if documents is not None and flash:
-            # Padding becomes a document of its own: what its tokens see is of no consequence.
-            runs = documents if attention_mask is None else 2 * documents + attention_mask.long()
-            return None, flash_lengths(runs.expand(len(inputs_embeds), -1)) | kwargs
-        if documents is not None:
-            documents = documents.expand(len(inputs_embeds), -1)
-            settings["and_mask_function"] = lambda b, h, q, k: documents[b, q] == documents[b, k]
-        return create_causal_mask(attention_mask=attention_mask, past_key_values=past_key_values, **settings), kwargs
-
-    def _prepared_mask(self, mask, inputs_embeds):
-        """A 4-D mask of the caller, [B, 1, T, S], additive or boolean (True is visible), as the backend takes it."""
-        if is_flash_attention_requested(self.config):
-            raise ValueError(
-                f"{self.config._attn_implementation!r} takes no 4-D mask (given {tuple(mask.shape)}): it masks padding "
-                "by a 2-D attention_mask and packed documents by position_ids. Or use attn_implementation='sdpa'."
-            )
-        if self.config._attn_implementation == "flex_attention" and isinstance(mask, torch.Tensor):
-            if mask.dtype == torch.bool:  # flex adds what it is given
-                mask = torch.zeros_like(mask, dtype=inputs_embeds.dtype).masked_fill(~mask, float("-inf"))
-            mask = mask.expand(len(inputs_embeds), -1, -1, -1)
-        return mask
 
     def _check_token_ids(self, input_ids: torch.LongTensor):
         if input_ids.device.type != "cpu" or torch.compiler.is_compiling() or input_ids.numel() == 0:
