@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.nn import functional as F
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -45,6 +46,16 @@ def eager_attention(
     weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
     weights = F.dropout(weights, p=dropout, training=module.training)
     return (weights @ value).transpose(1, 2), weights
+
+
+def sum_gradient(x: torch.Tensor, weight: DTensor) -> torch.Tensor:
+    """x, the same on all ranks that hold a part of `weight`; its gradient is the sum of theirs.
+
+    Where heads are spread over ranks (tensor parallel), each sees the gradient of its own heads alone. kv_b_proj's
+    forward adds them up for the latents it is given, but the absorbed form uses its weight alone.
+    """
+    whole = DTensor.from_local(x, weight.device_mesh, [Replicate()], run_check=False)
+    return whole.to_local(grad_placements=[Partial()])
 
 
 def backend_of(config: NanoDeepSeekConfig) -> str:
@@ -177,6 +188,9 @@ class MultiHeadLatentAttention(nn.Module):
     def attend_absorbed(self, q_nope_BHTn, q_rope_BHTr, latent_B1Sl, attention_mask, **kwargs):
         """Attention on the latents, which are the keys and values of every head."""
         w_Hxc = self.kv_b_weight(latent_B1Sl).unflatten(0, (-1, self.n + self.v))
+        if isinstance(self.kv_b_proj.weight, DTensor):
+            kv_B1Sc, k_rope_B1Sr = latent_B1Sl.split([self.c, self.r], dim=-1)
+            latent_B1Sl = torch.cat((sum_gradient(kv_B1Sc, self.kv_b_proj.weight), k_rope_B1Sr), dim=-1)
         query_BHTl = torch.cat((q_nope_BHTn @ w_Hxc[:, : self.n], q_rope_BHTr), dim=-1)
         folds = backend_of(self.config) in ("eager", "sdpa")
         attend = self.attend_folded if folds else self.attend
@@ -210,9 +224,11 @@ class MultiHeadLatentAttention(nn.Module):
         return backend(self, query, key, value, attention_mask, scaling=self.scaling, dropout=dropout, **kwargs)
 
     def kv_b_weight(self, like: torch.Tensor) -> torch.Tensor:
-        """W_kv_b [H (n+v), c] as it acts, also where an adapter (LoRA) or a quantised layer replaces the Linear."""
+        """W_kv_b [H (n+v), c] as it acts, also where an adapter (LoRA) or a quantised layer replaces the Linear; of the
+        heads of this rank, where heads are spread over several."""
         if type(self.kv_b_proj) is nn.Linear:
-            return self.kv_b_proj.weight
+            weight = self.kv_b_proj.weight
+            return weight.to_local() if isinstance(weight, DTensor) else weight
         return self.kv_b_proj(torch.eye(self.c, dtype=like.dtype, device=like.device)).mT
 
 

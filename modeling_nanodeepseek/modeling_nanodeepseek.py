@@ -227,6 +227,8 @@ class NanoDeepSeekForCausalLM(NanoDeepSeekPreTrainedModel, GenerationMixin):
     """The decoder with its output head, and the training loss."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
 
     def __init__(self, config: NanoDeepSeekConfig):
         super().__init__(config)
