@@ -12,6 +12,7 @@ from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import GenerationConfig, PreTrainedConfig
+from transformers.distributed import DistributedConfig
 
 # What a family's config.json leaves out because the family's own class supplies it.
 FAMILY_DEFAULTS = {
@@ -41,6 +42,12 @@ KNOWN_EXTRA_KEYS = {
     "per_layer_config", "is_causal", "tie_last_hidden_states", "transformers_weights",
     "trust_remote_code", "loss_type", "mlp_bias", "qk_head_dim",
 }  # fmt: skip
+
+# How tokens reach experts of other ranks; early releases of transformers mask the router's choice by rank instead.
+if hasattr(DistributedConfig, "ep_implementation"):
+    EXPERT_DISPATCH = {"layers.*.mlp.experts": "ep_dispatch_experts"}
+else:
+    EXPERT_DISPATCH = {"layers.*.mlp.gate": "ep_router", "layers.*.mlp.experts": "moe_tp_experts"}
 
 
 def _names(values) -> str:
@@ -144,7 +151,7 @@ class NanoDeepSeekConfig(PreTrainedConfig):
         "layers.*.mlp.experts.gate_up_proj": "grouped_gemm",
         "layers.*.mlp.experts.up_proj": "grouped_gemm",
         "layers.*.mlp.experts.down_proj": "grouped_gemm",
-        "layers.*.mlp.experts": "ep_dispatch_experts",
+        **EXPERT_DISPATCH,
     }
     base_model_pp_plan = {
         "embed_tokens": (["input_ids"], ["inputs_embeds"]),

@@ -37,7 +37,7 @@ def work(rank: int, world: int, folder: str, cases: list[tuple[str, dict]]) -> l
     """Of each case the errors of the logits and of the worst gradient, whether texts agree, the share held here."""
     results = []
     for name, parallel in cases:
-        whole = tiny_model(num_attention_heads=4, aux_loss_alpha=0.3, **MODELS[name])
+        whole = tiny_model(num_attention_heads=4, vocab_size=98, aux_loss_alpha=0.3, **MODELS[name])
         if rank == 0:
             whole.save_pretrained(f"{folder}/{name}")
         dist.barrier()
@@ -53,12 +53,14 @@ def work(rank: int, world: int, folder: str, cases: list[tuple[str, dict]]) -> l
 
 def test_tensor_and_expert_parallel(tmp_path):
     cases = [(name, {"tp_size": 2}) for name in MODELS]
-    if hasattr(DistributedConfig, "ep_implementation"):  # not in transformers 5.17
+    if hasattr(DistributedConfig, "ep_implementation"):
         both = {"tp_size": 2, "ep_size": 2}
         cases += [("expanded", both), ("gqa-plain-experts", both | {"ep_implementation": "all_reduce"})]
+    else:  # transformers 5.17: expert parallel takes the place of tensor parallel
+        cases += [(name, {"tp_size": 2, "enable_expert_parallel": True}) for name in ("expanded", "gqa-plain-experts")]
     for rank in processes.run(functools.partial(work, folder=str(tmp_path), cases=cases), tmp_path):
         for (name, parallel), (logits, gradients, same_text, share) in zip(cases, rank, strict=True):
-            assert logits < 1e-5 and gradients < 1e-4 and same_text and share < 0.75, (name, parallel, rank)
+            assert logits < 1e-5 and gradients < 1e-4 and same_text and share < 0.8, (name, parallel, rank)
 
 
 def pipeline(rank: int, world: int, folder: str) -> tuple[float, bool, int]:
