@@ -77,8 +77,8 @@ class NanoDeepSeekConfig(PreTrainedConfig):
             part that is rotated.
         qk_norm: RMSNorm on the heads of q and k; `gqa` only. MLA normalises its latents instead.
         attention_bias, attention_dropout: biases of the down and output projections; dropout on the attention weights.
-        attention_form: `"auto"` chooses expanded or absorbed from the lengths (`attention.py`); `"expanded"` and
-            `"absorbed"` force one. The two are equal in real arithmetic.
+        attention_form: `"auto"` chooses expanded or absorbed from the lengths and the backend (`attention.py`);
+            `"expanded"` and `"absorbed"` force one. The two are equal in real arithmetic.
         rope_parameters: dict with `rope_type` (`default`, `linear`, `yarn`), `rope_theta` and that type's parameters.
         rope_interleave: rotate the pairs (x0,x1),(x2,x3).. (DeepSeek) instead of the two halves of the vector. MLA
             only; the `gqa` baseline always rotates halves.

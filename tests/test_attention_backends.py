@@ -119,12 +119,18 @@ def test_a_cached_batch_is_its_documents(backend, kind, chunks, portable_backend
         assert_close(reference(kind)[0][document], part, 1e-10, f"document {document}")
 
 
+WAYS = {"greedy": {}, "static": {"cache_implementation": "static", "disable_compile": True}, "beams": {"num_beams": 3}}
+
+
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", ["auto", *KINDS])
 @pytest.mark.parametrize("backend", BACKENDS[1:])
-def test_generation_is_that_of_eager(backend, kind, portable_backends):  # noqa: F811
+def test_generation_is_that_of_eager(backend, kind, way, portable_backends):  # noqa: F811
+    if (backend, way) == ("flex_attention", "static"):
+        pytest.skip("generate() of transformers 5.23 calls BlockMask.contiguous, which does not exist")
     batch = lay_out(LAYOUTS["left-padded"][0], True)
     batch.pop("position_ids")
-    settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0} | WAYS[way]
     model = tiny_model(**KINDS.get(kind, {}))
     expected = use_backend(model, "eager").generate(**batch, **settings)
     assert torch.equal(expected, use_backend(model, backend).generate(**batch, **settings))

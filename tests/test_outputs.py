@@ -29,7 +29,7 @@ def test_they_are_those_of_deepseek_v3(form, train, how):
     """Hidden states of every layer and after the final norm, attention weights, router logits: number and values."""
     ours, theirs = (checkpointed(model.train(train), how) for model in pair({"attention_form": form}, "eager"))
     actual, expected = (model(tokens(), **EVERYTHING) for model in (ours, theirs))
-    for name in RECORDED:
+    for name in expected.keys() & set(RECORDED):  # DeepseekV3 returns no router logits in transformers 5.17
         assert len(actual[name]) == len(expected[name]), name
         for layer, (a, b) in enumerate(zip(actual[name], expected[name])):
             assert_close(b, a, 1e-5, f"{name} {layer}")
@@ -119,6 +119,8 @@ def test_return_dict_false_gives_the_same_as_a_tuple(how, train):
 def test_trainer_predicts_logits_alone(returned, tmp_path):
     """Everything else that a forward returns would reach compute_metrics as further predictions."""
     model = tiny_model(aux_loss_alpha=0.3)
+    beside = {"past_key_values", "router_logits", "ce_loss", "balance_loss"}
+    assert set(model.config.keys_to_ignore_at_inference) == beside
     for name, value in returned.items():
         setattr(model.config, name, value)
     ids, seen = tokens(5, 9), []
