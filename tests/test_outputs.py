@@ -107,7 +107,7 @@ def test_router_logits_are_fp32(dtype):
 def test_return_dict_false_gives_the_same_as_a_tuple(how, train):
     model, ids = checkpointed(tiny_model(aux_loss_alpha=0.0).train(train), how), tokens()
     model.set_attn_implementation("eager")
-    settings = EVERYTHING | {"labels": ids, "use_cache": False}
+    settings = EVERYTHING | {"labels": ids, "use_cache": False, "skip_logits": False}
     named, plain = model(ids, **settings), model(ids, return_dict=False, **settings)
     assert list(named) == ["loss", "logits", *RECORDED, "ce_loss"] and len(plain) == 6
     for (name, a), b in zip(named.items(), plain):

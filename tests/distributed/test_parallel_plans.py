@@ -30,7 +30,7 @@ def train_and_write(model, ids: torch.Tensor) -> tuple[torch.Tensor, dict[str, t
     for name, parameter in model.named_parameters():
         gradient = parameter.grad
         gradients[name] = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
-    return output.logits.detach(), gradients, model.eval().generate(ids, **GENERATION)
+    return model(ids).logits.detach(), gradients, model.eval().generate(ids, **GENERATION)
 
 
 def work(rank: int, world: int, folder: str, cases: list[tuple[str, dict]]) -> list[tuple[float, float, bool, float]]:
