@@ -4,10 +4,12 @@ Letters of the shape suffixes: B batch, T query tokens, S keys (cached ones incl
 r = qk_rope_head_dim, v = v_head_dim, c = kv_lora_rank, l = c + r (what the cache holds), d hidden.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.nn import functional as F
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -47,6 +49,21 @@ def eager_attention(
     return (weights @ value).transpose(1, 2), weights
 
 
+def sum_gradient(x: torch.Tensor, weight: DTensor) -> torch.Tensor:
+    """x, the same on all ranks that hold a part of `weight`; its gradient is the sum of theirs.
+
+    Where heads are spread over ranks (tensor parallel), each sees the gradient of its own heads alone. kv_b_proj's
+    forward adds them up for the latents it is given, but the absorbed form uses its weight alone.
+    """
+    whole = DTensor.from_local(x, weight.device_mesh, [Replicate()], run_check=False)
+    return whole.to_local(grad_placements=[Partial()])
+
+
+def backend_of(config: NanoDeepSeekConfig) -> str:
+    """The attention backend's name; a layer built without a model has been given none."""
+    return config._attn_implementation or "eager"
+
+
 def prefers_expanded(T: int, S: int, n: int, v: int, c: int) -> bool:
     """The one place that chooses between the two forms of MLA, by multiply-adds.
 
@@ -55,6 +72,16 @@ def prefers_expanded(T: int, S: int, n: int, v: int, c: int) -> bool:
     (T = S) are expanded; for V3's dims decoding is absorbed below about 170 queries at a time.
     """
     return (1 / T - 1 / S) * c * (n + v) < 2 * c - n - v
+
+
+# Heads of the absorbed form hold c + r numbers, and kernels have limits: FlashAttention 2 and 3 end at 256, which is
+# taken for flex as well. A backend that is not named is shown the expanded form, unless the config forces the other.
+WIDEST_ABSORBED_HEAD = {"eager": math.inf, "sdpa": math.inf, "flex_attention": 256, "flash": 256}
+
+
+def widest_absorbed_head(backend: str) -> float:
+    """Up to which width of the cached vector `attention_form="auto"` may absorb under this backend."""
+    return WIDEST_ABSORBED_HEAD.get("flash" if "flash" in backend else backend, 0)
 
 
 class MultiHeadLatentAttention(nn.Module):
@@ -114,12 +141,21 @@ class MultiHeadLatentAttention(nn.Module):
             # The latent is the whole state: it is cached as the keys, with values of width 0.
             latent_B1Sl, _ = past_key_values.update(latent_B1Sl, latent_B1Sl[..., :0], self.layer_idx)
 
-        form = self.config.attention_form
-        if form == "auto":
-            form = "expanded" if prefers_expanded(T, latent_B1Sl.shape[2], self.n, self.v, self.c) else "absorbed"
-        attend = self.attend_expanded if form == "expanded" else self.attend_absorbed
+        attend = self.attend_expanded if self.expands(T, latent_B1Sl.shape[2]) else self.attend_absorbed
         output_BTHv, weights_BHTS = attend(q_nope_BHTn, q_rope_BHTr, latent_B1Sl, attention_mask, **kwargs)
         return self.o_proj(output_BTHv.reshape(B, T, -1)), weights_BHTS
+
+    def expands(self, T: int, S: int) -> bool:
+        """Whether T queries on S keys run expanded: as `config.attention_form` says, else by cost and by backend."""
+        form, backend, width = self.config.attention_form, backend_of(self.config), self.c + self.r
+        if form == "auto":
+            return width > widest_absorbed_head(backend) or prefers_expanded(T, S, self.n, self.v, self.c)
+        if form == "absorbed" and "flash" in backend and width > widest_absorbed_head(backend):
+            raise ValueError(
+                f"attention_form='absorbed' is not possible with {backend!r}, whose heads hold at most 256 numbers: "
+                f"kv_lora_rank + qk_rope_head_dim is {width}. Use attention_form='auto', or attn_implementation='sdpa'."
+            )
+        return form == "expanded"
 
     def query(self, hidden_states, turns) -> tuple[torch.Tensor, torch.Tensor]:
         """[B, T, d] -> the part without position [B, H, T, n] and the rotated part [B, H, T, r]."""
@@ -170,24 +206,36 @@ class MultiHeadLatentAttention(nn.Module):
         )
 
     def attend_absorbed(self, q_nope_BHTn, q_rope_BHTr, latent_B1Sl, attention_mask, **kwargs):
-        """Attention on the latents. The heads of a token become rows of one head, so no key is copied per head."""
-        B, H, T, _ = q_nope_BHTn.shape
-        S = latent_B1Sl.shape[2]
-        w_Hxc = self.kv_b_weight(latent_B1Sl).unflatten(0, (H, self.n + self.v))
+        """Attention on the latents, which are the keys and values of every head."""
+        w_Hxc = self.kv_b_weight(latent_B1Sl).unflatten(0, (-1, self.n + self.v))
+        if isinstance(self.kv_b_proj.weight, DTensor):
+            kv_B1Sc, k_rope_B1Sr = latent_B1Sl.split([self.c, self.r], dim=-1)
+            latent_B1Sl = torch.cat((sum_gradient(kv_B1Sc, self.kv_b_proj.weight), k_rope_B1Sr), dim=-1)
         query_BHTl = torch.cat((q_nope_BHTn @ w_Hxc[:, : self.n], q_rope_BHTr), dim=-1)
+        folds = backend_of(self.config) in ("eager", "sdpa")
+        attend = self.attend_folded if folds else self.attend
+        # The value is the key: its first c columns are what we want, the last r columns are dropped afterwards.
+        output_BTHl, weights_BHTS = attend(query_BHTl, latent_B1Sl, latent_B1Sl, attention_mask, **kwargs)
+        output_BHTc = output_BTHl[..., : self.c].transpose(1, 2)
+        return (output_BHTc @ w_Hxc[:, self.n :].mT).transpose(1, 2), weights_BHTS
+
+    def attend_folded(self, query_BHTl, key_B1Sl, value_B1Sl, attention_mask, **kwargs):
+        """H heads on one key head as H T rows of one head, for backends that would copy the keys for each head.
+
+        The mask is a tensor here, [B, 1 or H, T, S] or None; block masks and lengths know tokens by their row.
+        """
+        B, H, T, _ = query_BHTl.shape
+        S = key_B1Sl.shape[2]
         if attention_mask is None and T > 1:
             # transformers leaves the mask out when the queries are the first T positions (S > T in a static cache).
             attention_mask = torch.ones(T, S, dtype=torch.bool, device=query_BHTl.device).tril()[None, None]
         if attention_mask is not None and (T > 1 or attention_mask.shape[1] > 1):
             attention_mask = attention_mask.expand(-1, H, -1, -1).reshape(-1, 1, H * T, attention_mask.shape[-1])
-        # The value is the key: its first c columns are what we want, the last r columns are dropped afterwards.
-        output_BxHl, weights_B1xS = self.attend(
-            query_BHTl.reshape(B, 1, H * T, -1), latent_B1Sl, latent_B1Sl, attention_mask, is_causal=False, **kwargs
+        output_Bx1l, weights_B1xS = self.attend(
+            query_BHTl.reshape(B, 1, H * T, -1), key_B1Sl, value_B1Sl, attention_mask, is_causal=False, **kwargs
         )
-        output_BHTc = output_BxHl.reshape(B, H, T, -1)[..., : self.c]
-        output_BHTv = output_BHTc @ w_Hxc[:, self.n :].mT
         weights_BHTS = None if weights_B1xS is None else weights_B1xS.reshape(B, H, T, S)
-        return output_BHTv.transpose(1, 2), weights_BHTS
+        return output_Bx1l.reshape(B, H, T, -1).transpose(1, 2), weights_BHTS
 
     def attend(self, query, key, value, attention_mask, **kwargs):
         """The backend named by `config._attn_implementation`; scale and dropout of this layer."""
@@ -196,9 +244,11 @@ class MultiHeadLatentAttention(nn.Module):
         return backend(self, query, key, value, attention_mask, scaling=self.scaling, dropout=dropout, **kwargs)
 
     def kv_b_weight(self, like: torch.Tensor) -> torch.Tensor:
-        """W_kv_b [H (n+v), c] as it acts, also where an adapter (LoRA) or a quantised layer replaces the Linear."""
+        """W_kv_b [H (n+v), c] as it acts, also where an adapter (LoRA) or a quantised layer replaces the Linear; of the
+        heads of this rank, where heads are spread over several."""
         if type(self.kv_b_proj) is nn.Linear:
-            return self.kv_b_proj.weight
+            weight = self.kv_b_proj.weight
+            return weight.to_local() if isinstance(weight, DTensor) else weight
         return self.kv_b_proj(torch.eye(self.c, dtype=like.dtype, device=like.device)).mT
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import GenerationConfig, PreTrainedConfig
+from transformers.distributed import DistributedConfig
 
 # What a family's config.json leaves out because the family's own class supplies it.
 FAMILY_DEFAULTS = {
@@ -42,6 +43,12 @@ KNOWN_EXTRA_KEYS = {
     "trust_remote_code", "loss_type", "mlp_bias", "qk_head_dim",
 }  # fmt: skip
 
+# How tokens reach experts of other ranks; early releases of transformers mask the router's choice by rank instead.
+if hasattr(DistributedConfig, "ep_implementation"):
+    EXPERT_DISPATCH = {"layers.*.mlp.experts": "ep_dispatch_experts"}
+else:
+    EXPERT_DISPATCH = {"layers.*.mlp.gate": "ep_router", "layers.*.mlp.experts": "moe_tp_experts"}
+
 
 def _names(values) -> str:
     return ", ".join(repr(value) for value in values)
@@ -70,8 +77,8 @@ class NanoDeepSeekConfig(PreTrainedConfig):
             part that is rotated.
         qk_norm: RMSNorm on the heads of q and k; `gqa` only. MLA normalises its latents instead.
         attention_bias, attention_dropout: biases of the down and output projections; dropout on the attention weights.
-        attention_form: `"auto"` chooses expanded or absorbed from the lengths (`attention.py`); `"expanded"` and
-            `"absorbed"` force one. The two are equal in real arithmetic.
+        attention_form: `"auto"` chooses expanded or absorbed from the lengths and the backend (`attention.py`);
+            `"expanded"` and `"absorbed"` force one. The two are equal in real arithmetic.
         rope_parameters: dict with `rope_type` (`default`, `linear`, `yarn`), `rope_theta` and that type's parameters.
         rope_interleave: rotate the pairs (x0,x1),(x2,x3).. (DeepSeek) instead of the two halves of the vector. MLA
             only; the `gqa` baseline always rotates halves.
@@ -115,6 +122,41 @@ class NanoDeepSeekConfig(PreTrainedConfig):
         "num_experts": "n_routed_experts",
         "num_mtp_layers": "num_nextn_predict_layers",
         "decoder_sparse_step": "moe_layer_freq",
+    }
+
+    # Who holds what when transformers spreads the model (DistributedConfig). Tensor parallel: each rank a part of the
+    # heads and of every feed-forward layer's width, the latents whole. Expert parallel: each rank whole experts.
+    base_model_tp_plan = {
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.q_b_proj": "colwise",
+        "layers.*.self_attn.kv_a_proj_with_mqa": "mla_kv_a_proj",
+        "layers.*.self_attn.kv_b_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.q_norm": "replicated_with_grad_allreduce",
+        "layers.*.self_attn.k_norm": "replicated_with_grad_allreduce",
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.mlp.gate_proj": "colwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+        "layers.*.mlp.shared_experts.gate_proj": "colwise",
+        "layers.*.mlp.shared_experts.up_proj": "colwise",
+        "layers.*.mlp.shared_experts.down_proj": "rowwise",
+        "layers.*.mlp.experts.gate_up_proj": "packed_colwise",
+        "layers.*.mlp.experts.up_proj": "colwise",
+        "layers.*.mlp.experts.down_proj": "rowwise",
+        "layers.*.mlp.experts": "moe_tp_experts",
+    }
+    base_model_ep_plan = {
+        "layers.*.mlp.experts.gate_up_proj": "grouped_gemm",
+        "layers.*.mlp.experts.up_proj": "grouped_gemm",
+        "layers.*.mlp.experts.down_proj": "grouped_gemm",
+        **EXPERT_DISPATCH,
+    }
+    base_model_pp_plan = {
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
     }
 
     vocab_size: int = 129280

@@ -98,12 +98,9 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim)) if learned else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if (
-            self.weight is not None
-            and torch.is_grad_enabled()
-            and x.device.type == "cpu"
-            and not torch.compiler.is_compiling()
-        ):
+        # By `training`, not by whether gradients are wanted now: a reentrant checkpoint's first pass wants none, and
+        # must round as the second does, or tokens may take other experts there.
+        if self.weight is not None and self.training and x.device.type == "cpu" and not torch.compiler.is_compiling():
             return _WeightedRMSNorm.apply(x, self.weight, self.eps)
         normed = F.rms_norm(x, x.shape[-1:], eps=self.eps)
         return normed if self.weight is None else self.weight * normed

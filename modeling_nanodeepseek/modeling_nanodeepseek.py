@@ -12,7 +12,6 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.loss.loss_utils import ForCausalLMLoss
-from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
@@ -28,6 +27,7 @@ from .configuration_nanodeepseek import NanoDeepSeekConfig
 from .experts import DEFAULT_EXPERTS, GatedExperts, PlainExperts
 from .layers import RMSNorm, build_mlp
 from .losses import is_plain_linear, linear_cross_entropy
+from .masks import causal_mask, real_token_mask
 from .moe import DeepseekMoE, TopkRouter, sequence_balance_loss
 from .rotary import RotaryEmbedding
 
@@ -57,11 +57,6 @@ class NanoDeepSeekCausalLMOutput(ModelOutput):
 def loss_arguments(kwargs: dict) -> dict:
     """What a caller's keyword arguments say about the cross-entropy."""
     return {name: kwargs[name] for name in ("shift_labels", "num_items_in_batch", "ignore_index") if name in kwargs}
-
-
-def real_token_mask(attention_mask: torch.Tensor | None, length: int) -> torch.Tensor | None:
-    """The part of a 2-D padding mask [B, S] that is about the last `length` tokens, [B, length]; None without one."""
-    return attention_mask[:, -length:] if attention_mask is not None and attention_mask.ndim == 2 else None
 
 
 class NanoDeepSeekDecoderLayer(GradientCheckpointingLayer):
@@ -104,6 +99,8 @@ class NanoDeepSeekPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["NanoDeepSeekDecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_flash_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _keep_in_fp32_modules_strict = ["e_score_correction_bias"]
@@ -175,8 +172,8 @@ class NanoDeepSeekModel(NanoDeepSeekPreTrainedModel):
         Args:
             input_ids: [B, T], or else `inputs_embeds` [B, T, d].
             attention_mask: [B, S] of 0 (padding) and 1, S counting cached tokens too; or a prepared 4-D mask.
-            position_ids: [B, T]. Without padding and cached tokens, documents packed into a row are told apart by
-                positions that do not increase by one; they do not see each other.
+            position_ids: [B, T]. Without cached tokens, documents packed into a row are told apart by positions that
+                start anew (`masks.py`); they do not see each other.
             past_key_values: a cache to read and extend.
             use_cache: return a cache; ignored in training unless one is passed.
 
@@ -191,7 +188,7 @@ class NanoDeepSeekModel(NanoDeepSeekPreTrainedModel):
         if position_ids is None:
             past = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past)[None]
-        mask = self._causal_mask(inputs_embeds, attention_mask, position_ids, past_key_values)
+        mask, kwargs = causal_mask(self.config, inputs_embeds, attention_mask, position_ids, past_key_values, **kwargs)
         if use_cache and past_key_values is None and not self.training:
             past_key_values = self.new_cache()
 
@@ -209,22 +206,6 @@ class NanoDeepSeekModel(NanoDeepSeekPreTrainedModel):
         if self.training and torch.is_grad_enabled():
             self._count_expert_load(real_token_mask(attention_mask, hidden_states.shape[1]))
         return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
-
-    def _causal_mask(self, inputs_embeds, attention_mask, position_ids, past_key_values):
-        """transformers' mask. It looks for packed documents only without a padding mask and a cache, so a mask without
-        padding and a cache without tokens are left out: nothing else depends on them."""
-        if not torch.compiler.is_compiling():
-            if isinstance(past_key_values, (LatentCache, DynamicCache)) and past_key_values.get_seq_length() == 0:
-                past_key_values = None
-            if past_key_values is None and attention_mask is not None and attention_mask.ndim == 2:
-                attention_mask = None if attention_mask.all() else attention_mask
-        return create_causal_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-        )
 
     def _check_token_ids(self, input_ids: torch.LongTensor):
         if input_ids.device.type != "cpu" or torch.compiler.is_compiling() or input_ids.numel() == 0:
@@ -246,6 +227,8 @@ class NanoDeepSeekForCausalLM(NanoDeepSeekPreTrainedModel, GenerationMixin):
     """The decoder with its output head, and the training loss."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
 
     def __init__(self, config: NanoDeepSeekConfig):
         super().__init__(config)

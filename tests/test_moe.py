@@ -1,11 +1,11 @@
-"""Router, experts and the sequence-wise balance loss against per-token loops."""
+"""Router and the sequence-wise balance loss against per-token loops; the experts are in test_experts.py."""
 
 import pickle
 
 import pytest
 import torch
 
-from modeling_nanodeepseek.moe import DeepseekMoE, TopkRouter, sequence_balance_loss
+from modeling_nanodeepseek.moe import TopkRouter, sequence_balance_loss
 from tests.conftest import assert_close, tiny_config, tiny_model, tokens
 
 
@@ -116,79 +116,6 @@ def test_adaptive_number_of_experts():
         assert weights[t].sum().item() == pytest.approx(2.5, rel=1e-5)
         kept_counts.add(len(kept))
     assert len(kept_counts) > 1  # the threshold does something on this input
-
-
-IMPLEMENTATIONS = ["sorted_mm", "eager", "batched_mm", "grouped_mm"]
-
-
-def run_expert(experts, expert: int, hidden: torch.Tensor) -> torch.Tensor:
-    return experts.down_proj[expert] @ experts.activate(experts.up_weight()[expert] @ hidden)
-
-
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("threshold", [0.0, 0.7])
-@pytest.mark.parametrize("gated", [True, False])
-def test_experts_by_the_definition(implementation, threshold, gated):
-    """Values and all gradients against one expert call per token and slot, with empty and single-token experts."""
-    config = tiny_config(adaptive_expert_threshold=threshold, gated_mlp=gated, hidden_act="silu" if gated else "relu2")
-    config._experts_implementation = implementation
-    moe = DeepseekMoE(config)
-    for parameter in moe.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    hidden = torch.randn(1, 21, 40, requires_grad=True)
-    moe.gate.e_score_correction_bias[3] = -100.0  # an expert without tokens
-    probe = torch.randn(1, 21, 40)
-    inputs = [hidden, *moe.parameters()]
-    output = moe(hidden)
-    gradients = torch.autograd.grad((output * probe).sum(), inputs)
-    assert (moe.gate.last_choice != 3).all()
-
-    _, weights, indices = moe.gate(hidden)
-    rows = []
-    for t in range(21):
-        row = moe.shared_experts(hidden[0, t])
-        for weight, expert in zip(weights[t], indices[t]):
-            if expert < 8:
-                row = row + weight * run_expert(moe.experts, int(expert), hidden[0, t])
-        rows.append(row)
-    expected = torch.stack(rows)[None]
-    assert_close(expected, output, 1e-5, "output")
-    for (name, _), a, b in zip(
-        [("hidden", 0), *moe.named_parameters()], torch.autograd.grad((expected * probe).sum(), inputs), gradients
-    ):
-        assert b.isfinite().all(), name
-        assert_close(a, b, 1e-5, name)
-
-
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("count", [0, 1, 2])
-def test_few_tokens(implementation, count):
-    config = tiny_config()
-    config._experts_implementation = implementation
-    moe = DeepseekMoE(config).eval()
-    for parameter in moe.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    hidden = torch.randn(1, count, 40, requires_grad=True)
-    output = moe(hidden)
-    assert output.shape == hidden.shape
-    output.sum().backward()
-    assert all(parameter.grad.isfinite().all() for parameter in moe.parameters())
-
-
-def test_the_fast_experts_really_run(monkeypatch):
-    """transformers looks for the switch in the model file's text; ours lies elsewhere and must still be found."""
-    from modeling_nanodeepseek import experts
-
-    model = tiny_model()
-    assert model.config._experts_implementation == "sorted_mm"
-    calls = []
-    inner = experts._SortedExperts.apply
-    monkeypatch.setattr(experts._SortedExperts, "apply", lambda *a: calls.append(1) or inner(*a))
-    model(tokens())
-    assert len(calls) == 2
-    model.set_experts_implementation("eager")
-    model(tokens())
-    assert len(calls) == 2
 
 
 def by_the_paper(logits: torch.Tensor, K: int, lengths: list[int], scoring: str) -> list[float]:

@@ -1,0 +1,100 @@
+"""Who sees whom: the causal mask of each attention backend, with padding and packed documents kept apart.
+
+transformers builds the mask; what is ours is to find the documents where it does not look for them.
+"""
+
+import torch
+from torch.nn import functional as F
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_causal_mask
+from transformers.utils.generic import is_flash_attention_requested
+
+from .cache import LatentCache
+from .configuration_nanodeepseek import NanoDeepSeekConfig
+
+
+def real_token_mask(attention_mask: torch.Tensor | None, length: int) -> torch.Tensor | None:
+    """The part of a 2-D padding mask [B, S] that is about the last `length` tokens, [B, length]; None without one."""
+    is_padding_mask = isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2
+    return attention_mask[:, -length:] if is_padding_mask else None
+
+
+def packed_documents(position_ids: torch.Tensor, real_tokens: torch.Tensor | None) -> torch.Tensor | None:
+    """Which document of its row each token belongs to, [B, T] counted from 0; None if no row holds two.
+
+    Without padding a document starts wherever positions do not go up by one. Beside padding, which callers count or
+    skip as they like, it starts at a real token whose position is not above that of the real token before it.
+    """
+    if real_tokens is None:
+        starts = position_ids[:, 1:] != position_ids[:, :-1] + 1
+    else:
+        real = real_tokens.bool()
+        columns = torch.arange(position_ids.shape[1], device=position_ids.device)
+        last_real = columns.expand_as(real).masked_fill(~real, -1).cummax(-1).values[:, :-1]
+        before = position_ids.expand_as(real).gather(1, last_real.clamp(min=0))
+        starts = real[:, 1:] & (last_real >= 0) & (position_ids[:, 1:] <= before)
+    documents = F.pad(starts.cumsum(-1), (1, 0))
+    return documents if documents[:, -1].any() else None
+
+
+def flash_lengths(documents: torch.Tensor) -> dict[str, torch.Tensor | int]:
+    """What flash kernels take instead of a mask: where each run of equal numbers in [B, T] starts, rows joined."""
+    changes = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)
+    starts = changes.flatten().nonzero().flatten()
+    edges = F.pad(starts, (0, 1), value=documents.numel()).to(torch.int32)
+    longest = int(edges.diff().max())
+    return {"cu_seq_lens_q": edges, "cu_seq_lens_k": edges, "max_length_q": longest, "max_length_k": longest}
+
+
+def prepared_mask(mask, config: NanoDeepSeekConfig, inputs_embeds: torch.Tensor):
+    """A mask that the caller made, [B, 1, T, S], additive or boolean (True is visible), as the backend takes it.
+
+    Raises: ValueError under flash attention, which has no such mask.
+    """
+    if is_flash_attention_requested(config):
+        raise ValueError(
+            f"{config._attn_implementation!r} takes no 4-D mask (given {tuple(mask.shape)}): it masks padding by a 2-D "
+            "attention_mask and packed documents by position_ids. Or use attn_implementation='sdpa'."
+        )
+    if config._attn_implementation == "flex_attention" and isinstance(mask, torch.Tensor):
+        if mask.dtype == torch.bool:  # flex adds what it is given
+            mask = torch.zeros_like(mask, dtype=inputs_embeds.dtype).masked_fill(~mask, float("-inf"))
+        mask = mask.expand(len(inputs_embeds), -1, -1, -1)
+    return mask
+
+
+def causal_mask(
+    config: NanoDeepSeekConfig,
+    inputs_embeds: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor,
+    past_key_values: Cache | None,
+    **kwargs,
+):
+    """The mask that the backend takes, and `kwargs` with the lengths of packed documents where flash needs them.
+
+    transformers looks for packed documents only without a padding mask and a cache, so a mask without padding and a
+    cache without tokens are left out (nothing else depends on them). It does not look beside padding, nor for flash in
+    more than one row; there, this does, except under torch.compile.
+    """
+    B, T, _ = inputs_embeds.shape
+    settings = {"config": config, "inputs_embeds": inputs_embeds, "position_ids": position_ids}
+    if attention_mask is not None and real_token_mask(attention_mask, T) is None:
+        return prepared_mask(attention_mask, config, inputs_embeds), kwargs
+    if torch.compiler.is_compiling():
+        return create_causal_mask(attention_mask=attention_mask, past_key_values=past_key_values, **settings), kwargs
+
+    if isinstance(past_key_values, (LatentCache, DynamicCache)) and past_key_values.get_seq_length() == 0:
+        past_key_values = None
+    if past_key_values is None and attention_mask is not None and attention_mask.all():
+        attention_mask = None
+    flash, documents = is_flash_attention_requested(config), None
+    if past_key_values is None and ("cu_seq_lens_q" not in kwargs if flash else attention_mask is not None):
+        documents = packed_documents(position_ids, real_token_mask(attention_mask, T))
+    if documents is not None and flash:
+        # Padding becomes a document of its own: what its tokens see is of no consequence.
+        runs = documents if attention_mask is None else 2 * documents + attention_mask.long()
+        return None, kwargs | flash_lengths(runs.expand(B, -1))
+    if documents is not None:
+        settings["and_mask_function"] = lambda b, h, q, k: documents[b, q] == documents[b, k]
+    return create_causal_mask(attention_mask=attention_mask, past_key_values=past_key_values, **settings), kwargs
