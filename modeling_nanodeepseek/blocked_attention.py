@@ -43,13 +43,13 @@ class _BlockedAttention(torch.autograd.Function):
     def forward(ctx, q_nope_BHTn, q_rope_BHTr, kv_BHSx, k_rope_BSr, mask_BHTS, scale):
         B, H, T, n = q_nope_BHTn.shape
         S = kv_BHSx.shape[2]
-        output_BTHv = q_nope_BHTn.new_empty(B, T, H, kv_BHSx.shape[-1] - n)
+        output_BTHv = q_nope_BHTn.new_zeros(B, T, H, kv_BHSx.shape[-1] - n)  # queries that see nothing get zeros
         logsumexp_BHT1 = q_nope_BHTn.new_empty(B, H, T, 1)
         for row, start, end, left, right in _blocks(B, T, S, mask_BHTS):
             k_nope, value = kv_BHSx[row, :, left:right, :n], kv_BHSx[row, :, left:right, n:]
             scores = _scores(q_nope_BHTn, q_rope_BHTr, k_nope, k_rope_BSr, row, start, end, left, right, scale)
             hide(scores, mask_BHTS, row, start, left)
-            # A query that sees nothing gets zeros: its maximum is raised from -inf, its sum of zeros from zero.
+            # For a query that sees nothing the maximum is raised from -inf and the sum from zero: again zeros.
             maximum = scores.amax(-1, keepdim=True).clamp_(min=torch.finfo(scores.dtype).min)
             weights = scores.sub_(maximum).exp_()
             norm = weights.sum(-1, keepdim=True).clamp_(min=torch.finfo(scores.dtype).tiny)

@@ -1,0 +1,159 @@
+"""The cross-entropy that never holds all logits, against torch's on all of them."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+from modeling_nanodeepseek import losses
+from modeling_nanodeepseek.losses import is_plain_linear, linear_cross_entropy
+from tests.conftest import assert_close, tiny_model, tokens
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(losses, "CHUNK", 97 * 7)  # 7 rows at a time: the last chunk is a partial one
+    monkeypatch.setattr(losses, "MIN_ROWS", 3)
+
+
+def example(dtype=torch.float64):
+    head = nn.Linear(18, 97, bias=False, dtype=dtype)
+    hidden = torch.randn(3, 31, 18, dtype=dtype, requires_grad=True)
+    labels = tokens(3, 31)
+    labels[0, :9] = labels[1, 20:] = labels[2, 5] = -100
+    return head, hidden, labels
+
+
+@pytest.mark.parametrize("arguments", ["labels", "shift_labels", "num_items", "num_items_tensor", "ignore_index"])
+def test_value_and_gradients(arguments):
+    head, hidden, labels = example()
+    settings = {"labels": labels}
+    if arguments == "shift_labels":
+        settings = {"labels": labels, "shift_labels": labels.roll(3, -1)}
+    elif arguments == "num_items":
+        settings["num_items_in_batch"] = 11
+    elif arguments == "num_items_tensor":
+        settings["num_items_in_batch"] = torch.tensor(11)
+    elif arguments == "ignore_index":
+        settings = {"labels": labels.masked_fill(labels == -100, 5), "ignore_index": 5}
+    results = []
+    for loss in (
+        linear_cross_entropy(hidden, head, **settings),
+        ForCausalLMLoss(head(hidden).double(), vocab_size=97, **settings),
+    ):
+        results.append((loss, *torch.autograd.grad(3 * loss, (hidden, head.weight))))
+    for name, ours, expected in zip(("loss", "hidden", "weight"), *results):
+        assert_close(expected, ours, 2e-7 if name == "loss" else 1e-6, name)  # transformers' loss is fp32
+
+
+def test_frozen_sides():
+    """With a frozen head only the hidden states get a gradient, and the other way round."""
+    head, hidden, labels = example()
+    expected = torch.autograd.grad(linear_cross_entropy(hidden, head, labels), (hidden, head.weight))
+    head.weight.requires_grad_(False)
+    linear_cross_entropy(hidden, head, labels).backward()
+    assert torch.equal(hidden.grad, expected[0]) and head.weight.grad is None
+    head.weight.requires_grad_(True)
+    linear_cross_entropy(hidden.detach(), head, labels).backward()
+    assert torch.equal(head.weight.grad, expected[1])
+
+
+def test_large_logits_neither_overflow_nor_vanish():
+    head, hidden, labels = example(torch.float32)
+    with torch.no_grad():
+        head.weight *= 1e4
+    loss = linear_cross_entropy(hidden, head, labels)
+    assert_close(ForCausalLMLoss(head(hidden), labels, 97), loss, 1e-6)
+    assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(loss, (hidden, head.weight)))
+
+
+def test_bf16_keeps_an_fp32_loss():
+    head, hidden, labels = example(torch.bfloat16)
+    loss = linear_cross_entropy(hidden, head, labels)
+    ours = torch.autograd.grad(loss, (hidden, head.weight))
+    exact_hidden, exact_weight = (t.detach().double().requires_grad_() for t in (hidden, head.weight))
+    exact = F.cross_entropy((exact_hidden @ exact_weight.T)[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    assert loss.dtype == torch.float32 and ours[0].dtype == ours[1].dtype == torch.bfloat16
+    assert_close(exact, loss, 1e-3)
+    for expected, gradient in zip(torch.autograd.grad(exact, (exact_hidden, exact_weight)), ours):
+        assert_close(expected, gradient, 1e-2)
+
+
+def test_no_targets():
+    """The mean over nothing is nan, as torch's; the sum of nothing is zero, and so are its gradients."""
+    head, hidden, labels = example()
+    nothing = torch.full_like(labels, -100)
+    assert linear_cross_entropy(hidden, head, nothing).isnan()
+    loss = linear_cross_entropy(hidden, head, nothing, num_items_in_batch=5)
+    loss.backward()
+    assert loss == 0 and (hidden.grad == 0).all() and (head.weight.grad == 0).all()
+
+
+def test_logits_are_never_all_there(monkeypatch):
+    """The largest tensor with a dimension of the vocabulary is a chunk of it, or the gradient of the head."""
+    largest = 0
+    head, hidden, labels = example()
+    mm = torch.Tensor.__matmul__
+
+    def watched(a, b):
+        nonlocal largest
+        result = mm(a, b)
+        largest = max(largest, result.shape[0] if result.shape[-1] == 97 else 0)
+        return result
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", watched)
+    linear_cross_entropy(hidden, head, labels).backward()
+    assert largest == 7
+
+
+class TestInTheModel:
+    def test_training_skips_logits_and_equals_the_loss_with_them(self):
+        ids, results = tokens(), []
+        for skip in (None, False):
+            model = tiny_model().train()
+            output = model(ids, labels=ids, skip_logits=skip)
+            output.loss.backward()
+            results.append((output, {name: p.grad for name, p in model.named_parameters()}))
+        (frugal, ours), (whole, expected) = results
+        assert frugal.logits is None and whole.logits.shape == (2, 31, 97)
+        assert_close(whole.loss, frugal.loss, 1e-6)
+        for name in expected:
+            assert_close(expected[name], ours[name], 1e-5, name)
+
+    def test_evaluation_returns_logits_unless_told_otherwise(self):
+        model, ids = tiny_model(), tokens()
+        plain, frugal = model(ids, labels=ids), model(ids, labels=ids, skip_logits=True)
+        assert plain.logits is not None and frugal.logits is None
+        assert_close(plain.loss, frugal.loss, 1e-6)
+        assert model(ids, skip_logits=True).logits is not None  # without labels there is nothing else to return
+
+    def test_gradients_reach_tied_embeddings_once(self):
+        ids, gradients = tokens(), []
+        for skip in (True, False):
+            model = tiny_model(tie_word_embeddings=True).train()
+            model(ids, labels=ids, skip_logits=skip).loss.backward()
+            gradients.append(model.model.embed_tokens.weight.grad)
+        assert_close(gradients[1], gradients[0], 1e-5)
+
+    @pytest.mark.parametrize("change", ["hook", "subclass", "wrapped_forward", "loss", "logits_to_keep"])
+    def test_where_a_product_with_the_weight_is_not_the_head(self, change):
+        model, ids = tiny_model(aux_loss_alpha=0.0).train(), tokens()
+        kept = 0
+        if change == "hook":
+            model.lm_head.register_forward_hook(lambda module, args, output: 2 * output)
+        elif change == "subclass":
+            model.lm_head.__class__ = type(
+                "Doubled", (nn.Linear,), {"forward": lambda self, x: 2 * F.linear(x, self.weight)}
+            )
+        elif change == "wrapped_forward":
+            inner = model.lm_head.forward
+            model.lm_head.forward = lambda x: 2 * inner(x)
+        elif change == "loss":
+            model.loss_function = lambda logits, labels, **kwargs: logits.sum()
+        else:
+            kept = 31
+        output = model(ids, labels=ids, logits_to_keep=kept)
+        assert output.logits is not None and is_plain_linear(model.lm_head) == (change in ("loss", "logits_to_keep"))
+        expected = output.logits.sum() if change == "loss" else ForCausalLMLoss(output.logits, ids, 97)
+        assert_close(expected, output.loss, 1e-6)
