@@ -1,0 +1,71 @@
+"""Runs every measurement of `benchmarks.against_transformers` for one device, prints a table, keeps the figures.
+
+    python -m benchmarks.collect              # CPU: fp32 and bf16, one thread and two
+    python -m benchmarks.collect --device cuda   # GPU: bf16, with and without torch.compile
+
+Each measurement is a process of its own. The figures go to benchmarks/results/DATE-DEVICE-against_transformers.json with
+device, versions and date. A measurement that fails is kept as its error; the others go on. The last line is one JSON
+object: the ratios.
+"""
+
+import argparse
+import datetime
+import json
+import platform
+import subprocess
+import sys
+from itertools import product
+
+import torch
+
+from train.recipe import REPOSITORY
+
+DECODE = (["--context", "512"], ["--context", "512", "--batch", "8"], ["--context", "8192"])
+TASKS = [["train"], ["prefill"], *(["decode", *where] for where in DECODE), ["memory"]]
+VARIANTS = {
+    "cpu": [["--dtype", dtype, "--threads", n] for dtype, n in product(("float32", "bfloat16"), ("1", "2"))],
+    "cuda": [["--device", "cuda", "--dtype", "bfloat16", *c] for c in ([], ["--compile"])],
+}
+
+
+def processor(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    with open("/proc/cpuinfo") as lines:
+        info = dict(line.split(":", 1) for line in lines if ":" in line)
+    info = {name.strip(): value.strip() for name, value in info.items()}
+    units = [unit for unit in ("avx512f", "avx512_bf16", "amx_tile") if unit in info.get("flags", "").split()]
+    return f"{info.get('model name', platform.processor())} ({', '.join(units)})"
+
+
+def measure(arguments: list[str]) -> dict:
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.against_transformers", *arguments]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    if done.returncode:
+        return {"error": done.stderr.strip().splitlines()[-1]}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", choices=VARIANTS)
+    parser.add_argument("--runs", default="5")
+    args = parser.parse_args()
+    results = {}
+    for task, variant in product(TASKS, VARIANTS[args.device]):
+        if task == ["memory"] and "2" in variant:
+            continue  # threads do not change it
+        name = " ".join([*task, *variant])
+        runs = "2" if task == ["memory"] else args.runs
+        results[name] = measure([*task, *variant, "--runs", runs])
+        print(f"{name:60} {results[name].get('ratio', results[name].get('error'))}", flush=True)
+    where = REPOSITORY / "benchmarks" / "results"
+    date = datetime.date.today().isoformat()
+    kept = {"date": date, "device": processor(args.device), "python": platform.python_version(), "results": results}
+    file = where / f"{date}-{args.device}-against_transformers.json"
+    file.write_text(json.dumps(kept, indent=1) + "\n")
+    print(json.dumps({name: result.get("ratio") for name, result in results.items()}))
+
+
+if __name__ == "__main__":
+    main()
