@@ -3,7 +3,7 @@
     python -m benchmarks.collect              # CPU: fp32 and bf16, one thread and two
     python -m benchmarks.collect --device cuda   # GPU: bf16, with and without torch.compile
 
-Each measurement is a process of its own. The figures go to benchmarks/results/DATE-DEVICE-against_transformers.json with
+Each measurement is a process of its own. The figures go to benchmarks/results, named by date and device, with
 device, versions and date. A measurement that fails is kept as its error; the others go on. The last line is one JSON
 object: the ratios.
 """
