@@ -6,7 +6,7 @@ Importing this package registers the model with transformers' Auto classes.
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from .balancing import ExpertLoad, LoadBalancingCallback, update_expert_bias
-from .cache import LatentCache
+from .cache import Fp8LatentCache, LatentCache
 from .configuration_nanodeepseek import NanoDeepSeekConfig
 from .modeling_nanodeepseek import (
     NanoDeepSeekCausalLMOutput,
@@ -23,6 +23,7 @@ AutoModelForCausalLM.register(NanoDeepSeekConfig, NanoDeepSeekForCausalLM, exist
 
 __all__ = [
     "ExpertLoad",
+    "Fp8LatentCache",
     "LatentCache",
     "LoadBalancingCallback",
     "NanoDeepSeekCausalLMOutput",

@@ -16,13 +16,14 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
-from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
+from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention import ATTENTION_TYPES, GroupedQueryAttention, MultiHeadLatentAttention
-from .cache import LatentCache
+from .cache import Fp8LatentCache, LatentCache
 from .checkpoints import register_conversions
+from .checks import check_inputs
 from .configuration_nanodeepseek import NanoDeepSeekConfig
 from .experts import DEFAULT_EXPERTS, GatedExperts, PlainExperts
 from .layers import RMSNorm, build_mlp
@@ -30,6 +31,8 @@ from .losses import is_plain_linear, linear_cross_entropy
 from .masks import causal_mask, real_token_mask
 from .moe import DeepseekMoE, TopkRouter, sequence_balance_loss
 from .rotary import RotaryEmbedding
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -177,14 +180,16 @@ class NanoDeepSeekModel(NanoDeepSeekPreTrainedModel):
             past_key_values: a cache to read and extend.
             use_cache: return a cache; ignored in training unless one is passed.
 
-        Raises: ValueError for both or neither of ids and embeddings, or for an id outside the vocabulary (on a CPU;
-            an accelerator would have to wait for the answer).
+        Raises: ValueError for both or neither of ids and embeddings, for an id outside the vocabulary (on a CPU; an
+            accelerator would have to wait for the answer), and for a mask, positions or a cache that do not belong
+            to this input and model (`checks.py`).
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give either input_ids or inputs_embeds, not both and not neither.")
         if inputs_embeds is None:
             self._check_token_ids(input_ids)
             inputs_embeds = self.embed_tokens(input_ids)
+        check_inputs(self.config, inputs_embeds, attention_mask, position_ids, past_key_values)
         if position_ids is None:
             past = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past)[None]
@@ -330,16 +335,52 @@ class NanoDeepSeekForCausalLM(NanoDeepSeekPreTrainedModel, GenerationMixin):
         return sequence_balance_loss(router_logits, self.config, targets_per_sequence / total, real_tokens)
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
-        """`generate()` builds our cache where transformers would build its DynamicCache."""
-        default = (
-            generation_config.cache_implementation in (None, "dynamic") and generation_config.use_cache is not False
-        )
-        if default and model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = self.model.new_cache()
-            if generation_config.is_assistant:
-                model_kwargs["past_key_values"].activate_past_recording()
+        """`generate()` builds our caches where transformers would build its dynamic, offloaded and quantised ones."""
+        ours = self.config.attention_type == "mla" and generation_config.use_cache is not False
+        build = self._latent_caches().get(generation_config.cache_implementation) if ours else None
+        if build is None or model_kwargs.get("past_key_values") is not None:
+            super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
             return
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        model_kwargs["past_key_values"] = build(generation_config.cache_config or {})
+        if generation_config.is_assistant:
+            model_kwargs["past_key_values"].activate_past_recording()
+
+    def _latent_caches(self) -> dict:
+        """How to build a cache for each `cache_implementation` that is ours, from the `cache_config`."""
+        config = self.config
+
+        def quantized(settings: dict) -> Fp8LatentCache:
+            if settings not in ({}, {"backend": "fp8"}):
+                raise ValueError(f"cache_config={settings!r} is not possible for MLA: only {{'backend': 'fp8'}} is.")
+            return Fp8LatentCache(config)
+
+        return {
+            None: lambda settings: LatentCache(config),
+            "dynamic": lambda settings: LatentCache(config),
+            "offloaded": lambda settings: LatentCache(config, offloading=True),
+            "quantized": quantized,
+        }
+
+    def _prepare_generated_length(self, generation_config, input_ids_length, inputs_tensor, **kwargs):
+        """Refuses a prompt beyond max_position_embeddings, and ends what would run beyond it there: an error in the
+        middle would lose what was written. The last token is never fed, so one more than the limit can be written."""
+        generation_config = super()._prepare_generated_length(
+            generation_config=generation_config,
+            input_ids_length=input_ids_length,
+            inputs_tensor=inputs_tensor,
+            **kwargs,
+        )
+        prompt, limit = inputs_tensor.shape[1], self.config.max_position_embeddings
+        if prompt > limit:
+            raise ValueError(f"The prompt has {prompt} tokens, and max_position_embeddings is {limit}.")
+        longest = input_ids_length + limit + 1 - prompt
+        if generation_config.max_length > longest:
+            logger.warning(
+                f"max_position_embeddings is {limit}: after a prompt of {prompt} tokens at most {limit + 1 - prompt} "
+                f"are written, not {generation_config.max_length - input_ids_length}."
+            )
+            generation_config.max_length = longest
+        return generation_config
 
 
 register_conversions()

@@ -1,0 +1,108 @@
+"""What a forward checks of its inputs: one clear error for each that cannot be right.
+
+Called once per forward. Shapes and lengths cost nothing; values are read on a CPU alone, because an accelerator would
+have to wait for the answer; a compiled forward checks nothing.
+"""
+
+import torch
+from transformers.cache_utils import Cache
+
+from .cache import GrowingLayer
+from .configuration_nanodeepseek import NanoDeepSeekConfig
+
+
+def check_inputs(
+    config: NanoDeepSeekConfig,
+    inputs_embeds: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    past_key_values: Cache | None,
+):
+    """Raises ValueError for a cache, mask or positions that do not belong to this model and this input."""
+    if torch.compiler.is_compiling():
+        return
+    B, T, _ = inputs_embeds.shape
+    past, S = 0, T
+    if past_key_values is not None:
+        check_cache(config, past_key_values, B)
+        past, S = past_key_values.get_seq_length(), past_key_values.get_mask_sizes(T, 0)[0]
+        if isinstance(past, torch.Tensor):  # a static cache counts on its device, and S is its capacity
+            past = int(past) if past.device.type == "cpu" else None
+    if isinstance(attention_mask, torch.Tensor):
+        check_mask(config, attention_mask, B, T, S, past)
+    check_positions(config, position_ids, B, T, past)
+
+
+def check_cache(config: NanoDeepSeekConfig, cache: Cache, batch: int):
+    """The number of layers, what each holds per token, and the batch."""
+    if not isinstance(cache, Cache):
+        raise ValueError(f"past_key_values is a {type(cache).__name__}: it must be a Cache of transformers.")
+    if not cache.layers and cache.layer_class_to_replicate is not None:
+        return  # a DynamicCache without a config adds its layers when they are written
+    if len(cache.layers) != config.num_hidden_layers:
+        raise ValueError(
+            f"The cache is another model's: it has {len(cache.layers)} layers, and this model num_hidden_layers="
+            f"{config.num_hidden_layers}."
+        )
+    layer = cache.layers[0]
+    if isinstance(layer, GrowingLayer):
+        shape = layer.state_shape()
+    else:  # transformers' own; quantised ones hold no such tensor
+        shape = layer.keys.shape if isinstance(layer.keys, torch.Tensor) and layer.keys.ndim == 4 else None
+    if shape is None:
+        return
+    if config.attention_type == "mla":
+        heads, width = 1, config.kv_lora_rank + config.qk_rope_head_dim
+    else:
+        heads, width = config.num_key_value_heads, config.head_dim
+    if heads % shape[1] != 0 or shape[3] != width:  # with tensor parallelism a rank holds some of the heads
+        raise ValueError(
+            f"The cache is another model's: per token and layer it holds {shape[1]} x {shape[3]} numbers as keys, and "
+            f"this model writes {heads} x {width}."
+        )
+    if shape[0] != batch:
+        raise ValueError(
+            f"The cache holds a batch of {shape[0]}, and the input is a batch of {batch}: they must be equal "
+            "(batch_repeat_interleave and batch_select_indices change the cache's)."
+        )
+
+
+def check_mask(config: NanoDeepSeekConfig, mask: torch.Tensor, B: int, T: int, S: int, past: int | None):
+    """A padding mask [B, past + T], or a mask of one's own, [B or 1, heads or 1, T, S], boolean or floating."""
+    shape = tuple(mask.shape)
+    cached = "" if past in (0, None) else f" ({past} of them cached)"
+    if mask.ndim == 2:
+        # A static cache also takes a mask as long as itself.
+        if shape[0] != B or (past is not None and shape[1] not in (past + T, S)):
+            right = f"[{B}, {S if past is None else past + T}]"
+            raise ValueError(
+                f"attention_mask has the shape {list(shape)}: it must be [batch, tokens{cached}] = {right}."
+            )
+    elif mask.ndim == 4:
+        heads = config.num_attention_heads
+        if shape[0] not in (1, B) or shape[1] not in (1, heads) or shape[2:] != (T, S):
+            raise ValueError(
+                f"attention_mask has the shape {list(shape)}: it must be [batch or 1, heads or 1, queries, keys"
+                f"{cached}] = [{B} or 1, {heads} or 1, {T}, {S}]."
+            )
+        if mask.dtype != torch.bool and not mask.is_floating_point():
+            raise ValueError(
+                f"attention_mask is 4-D and of {mask.dtype}: it must be boolean (True is visible) or floating (added "
+                "to the scores)."
+            )
+    else:
+        raise ValueError(f"attention_mask has {mask.ndim} dims, {list(shape)}: it must have 2 or 4.")
+
+
+def check_positions(config: NanoDeepSeekConfig, position_ids: torch.Tensor | None, B: int, T: int, past: int | None):
+    """Positions below max_position_embeddings (which YaRN's factor is already part of)."""
+    limit = config.max_position_embeddings
+    if position_ids is None:
+        if past is not None and past + T > limit:
+            raise ValueError(f"The sequence has {past + T} tokens, and max_position_embeddings is {limit}.")
+        return
+    shape = tuple(position_ids.shape)
+    if shape not in ((1, T), (B, T)):
+        raise ValueError(f"position_ids has the shape {list(shape)}: it must be [{B} or 1, {T}].")
+    if position_ids.device.type == "cpu" and position_ids.numel() and (highest := int(position_ids.max())) >= limit:
+        raise ValueError(f"Position {highest} is beyond max_position_embeddings={limit}: the last is {limit - 1}.")
