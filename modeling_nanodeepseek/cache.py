@@ -114,8 +114,8 @@ class GrowingLayer(DynamicLayer):
         self.is_initialized = False
 
     def state_shape(self) -> tuple[int, int, int, int] | None:
-        """[B, heads, S, width] of the states that `update` takes and returns; None while there are none."""
-        return tuple(self.keys.shape) if self._length > 0 else None
+        """[B, heads, S, width] of the states that `update` takes and returns; None until the first."""
+        return tuple(self.keys.shape) if self.is_initialized else None
 
     def nbytes(self) -> int:
         """Bytes of the states held; the reserve is not counted."""
@@ -151,6 +151,11 @@ class Fp8Layer(GrowingLayer):
             raise ValueError(
                 "Rounding to FP8 has no gradient: call the model under torch.no_grad(), or use a LatentCache."
             )
+        if key_states.shape[-1] != self.c + self.r:
+            raise ValueError(
+                f"This Fp8LatentCache was made for {self.c} + {self.r} numbers per token, and the model writes "
+                f"{key_states.shape[-1]}: build it from the model's own config."
+            )
         rows, values = super().update(self.pack(key_states), value_states)
         return self.unpack(rows, key_states.dtype), values
 
@@ -176,7 +181,7 @@ class Fp8Layer(GrowingLayer):
         return torch.cat((latent.to(dtype), rope.to(dtype)), dim=-1)
 
     def state_shape(self) -> tuple[int, int, int, int] | None:
-        return (*self.keys.shape[:3], self.c + self.r) if self._length > 0 else None
+        return (*self.keys.shape[:3], self.c + self.r) if self.is_initialized else None
 
 
 class LatentCache(Cache):

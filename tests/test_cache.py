@@ -1,15 +1,20 @@
-"""LatentCache: what it holds, how it grows, and the operations generation needs of it."""
+"""LatentCache and its FP8 form: what they hold, how they grow, and the operations generation needs of them."""
+
+import copy
 
 import pytest
 import torch
+from transformers import StaticCache
 
-from modeling_nanodeepseek import LatentCache
-from modeling_nanodeepseek.cache import GROWTH, RESERVE, GrowingLayer
-from tests.conftest import assert_close, tiny_config, tiny_model, tokens
+from modeling_nanodeepseek import Fp8LatentCache, LatentCache
+from modeling_nanodeepseek.cache import GROWTH, RESERVE, Fp8Layer, GrowingLayer
+from tests.conftest import assert_close, rms_ratio, tiny_config, tiny_model, tokens
+
+CACHES = {"latent": LatentCache, "fp8": Fp8LatentCache}
 
 
-def filled(model, ids):
-    cache = LatentCache(model.config)
+def filled(model, ids, kind=LatentCache):
+    cache = kind(model.config)
     with torch.no_grad():
         model(ids, past_key_values=cache)
     return cache
@@ -64,6 +69,7 @@ def test_updates_write_in_place():
 
 OPERATIONS = {
     "crop": (lambda cache: cache.crop(-4), lambda ids: ids[:, :-4]),
+    "crop-nothing": (lambda cache: cache.crop(0), lambda ids: ids),
     "reorder": (lambda cache: cache.reorder_cache(torch.tensor([2, 0, 0])), lambda ids: ids[[2, 0, 0]]),
     "repeat": (lambda cache: cache.batch_repeat_interleave(2), lambda ids: ids.repeat_interleave(2, 0)),
     "select": (lambda cache: cache.batch_select_indices(torch.tensor([2, 1])), lambda ids: ids[[2, 1]]),
@@ -71,29 +77,148 @@ OPERATIONS = {
 
 
 @pytest.mark.parametrize("form", ["expanded", "absorbed"])
+@pytest.mark.parametrize("kind", CACHES)
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_operations_then_continue(operation, form):
-    """After the operation, continuing must equal a fresh full forward; the original rows must be untouched by it."""
+def test_operations_then_continue(operation, kind, form):
+    """After the operation, continuing token by token must equal one forward of the whole."""
     model = tiny_model(attention_form=form)
     ids, more = tokens(3, 12), tokens(6, 5, seed=9)
-    cache = filled(model, ids)
+    cache = filled(model, ids, CACHES[kind])
     act, same = OPERATIONS[operation]
     act(cache)
     kept = same(ids)
     full = torch.cat((kept, more[: len(kept)]), -1)
     with torch.no_grad():
-        expected = model(full).logits[:, kept.shape[1] :]
+        expected = model(full, past_key_values=CACHES[kind](model.config)).logits[:, kept.shape[1] :]
         parts = [model(more[: len(kept), i : i + 1], past_key_values=cache).logits for i in range(5)]
     assert_close(expected, torch.cat(parts, 1), 1e-5)
 
 
-def test_reset_starts_over():
-    model, ids = tiny_model(), tokens(2, 9)
-    cache = filled(model, tokens(2, 14, seed=5))
-    cache.reset()
-    assert cache.get_seq_length() == 0 and cache.nbytes() == 0
+def layer_pair(kind: str):
+    """A layer, and what it must return for states: these, or these rounded once."""
+    if kind == "latent":
+        return GrowingLayer(), lambda states: states
+    layer = Fp8Layer(150, 6)
+    return layer, lambda states: layer.unpack(layer.pack(states), states.dtype)
+
+
+@pytest.mark.parametrize("kind", CACHES)
+@pytest.mark.parametrize("seed", range(4))
+def test_any_sequence_of_operations(seed, kind):
+    """150 random operations, between them updates of random length in and out of gradient and inference mode, against
+    a tensor that is concatenated and indexed. Copies made on the way must not change afterwards."""
+    layer, rounded = layer_pair(kind)
+    draw = torch.Generator().manual_seed(seed)
+    pick = lambda low, high: int(torch.randint(low, high + 1, (), generator=draw))  # noqa: E731
+    expected, copies, seen = torch.empty(2, 1, 0, 156), [], set()
+    for _ in range(150):
+        B, length = len(expected), expected.shape[2]
+        action = ["append"] * 6 + ["crop", "reorder", "repeat", "select", "reset", "copy", "offload"]
+        action = action[pick(0, len(action) - 1)]
+        seen.add(action)
+        if action == "append":
+            new = torch.randn(B, 1, pick(1, 40), 156, generator=draw)
+            mode = [torch.no_grad, torch.no_grad, torch.enable_grad, torch.inference_mode][pick(0, 3)]
+            with mode():
+                keys, values = layer.update(new, new[..., :0])
+            expected = torch.cat((expected, rounded(new)), 2)
+            assert torch.equal(keys, expected) and values.shape == (B, 1, expected.shape[2], 0)
+        elif action == "crop" and length:
+            layer.crop(-pick(0, min(length, 50)))
+            expected = expected[:, :, : layer.get_seq_length()]
+        elif action == "reorder" and length:
+            order = torch.randint(0, B, (B,), generator=draw)
+            layer.reorder_cache(order)
+            expected = expected[order]
+        elif action == "repeat" and B <= 3 and length:
+            layer.batch_repeat_interleave(2)
+            expected = expected.repeat_interleave(2, 0)
+        elif action == "select" and length:
+            chosen = torch.randperm(B, generator=draw)[: pick(1, B)]
+            layer.batch_select_indices(chosen)
+            expected = expected[chosen]
+        elif action == "reset":
+            layer.reset()
+            expected = torch.empty(pick(1, 4), 1, 0, 156)
+        elif action == "copy" and length:
+            copies.append((copy.deepcopy(layer), expected))
+        elif action == "offload":
+            layer.offload()
+            layer.prefetch()
+        assert layer.get_seq_length() == expected.shape[2]
+    assert len(seen) == 8 and copies
+    for layer, expected in copies:
+        new = torch.randn(len(expected), 1, 1, 156)
+        with torch.no_grad():
+            assert torch.equal(layer.update(new, new[..., :0])[0], torch.cat((expected, rounded(new)), 2))
+
+
+@pytest.mark.parametrize("kind", CACHES)
+def test_beams_keep_their_reserve(kind):
+    """Beam search reorders at every token: the buffer must not be copied a second time to make room."""
+    layer, _ = layer_pair(kind)
+    new = torch.randn(3, 1, 20, 156)
     with torch.no_grad():
-        assert torch.equal(model(ids).logits, model(ids, past_key_values=cache).logits)
+        layer.update(new, new[..., :0])
+        capacity = layer.reserved_nbytes()
+        for _ in range(RESERVE):
+            layer.reorder_cache(torch.tensor([1, 0, 2]))
+            layer.update(new[:, :, :1], new[:, :, :1, :0])
+            assert layer.reserved_nbytes() == capacity
+
+
+@pytest.mark.parametrize("kind", CACHES)
+def test_reset_starts_over_with_another_batch(kind):
+    model, ids = tiny_model(), tokens(3, 9)
+    cache = filled(model, tokens(2, 14, seed=5), CACHES[kind])
+    cache.reset()
+    assert cache.get_seq_length() == 0 and cache.nbytes() == 0 and cache.reserved_nbytes() == 0
+    with torch.no_grad():
+        fresh = model(ids, past_key_values=CACHES[kind](model.config)).logits
+        assert torch.equal(fresh, model(ids, past_key_values=cache).logits)
+
+
+def test_a_static_cache_reorders_and_resets():
+    """What transformers defines of its static cache; it cannot be cropped, repeated or selected from."""
+    model, ids, more = tiny_model(), tokens(3, 9), tokens(3, 4, seed=9)
+    cache = StaticCache(config=model.config, max_cache_len=16)
+    order = torch.tensor([2, 0, 0])
+    with torch.no_grad():
+        for _ in range(2):
+            model(ids, past_key_values=cache)
+            cache.reorder_cache(order)
+            parts = [model(more[:, i : i + 1], past_key_values=cache).logits for i in range(4)]
+            expected = model(torch.cat((ids[order], more), -1)).logits[:, 9:]
+            assert_close(expected, torch.cat(parts, 1), 1e-5)
+            cache.reset()
+
+
+def test_crop_takes_minus_the_tokens():
+    cache = filled(tiny_model(), tokens(2, 5))
+    with pytest.raises(ValueError, match=r"crop\(3\) .* minus"):
+        cache.crop(3)
+
+
+def test_offloading_needs_a_gpu():
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(ValueError, match="no CUDA device"):
+        LatentCache(tiny_config(), offloading=True)
+
+
+@pytest.mark.parametrize("mode", ["inference", "no_grad"])
+@pytest.mark.parametrize("kind", CACHES)
+def test_modes_mix(kind, mode):
+    """A prompt read in inference mode, continued outside of it (generate() uses no_grad), and the other way round."""
+    model, ids = tiny_model(), tokens(2, 12)
+    first, second = (torch.inference_mode, torch.no_grad)[:: 1 if mode == "inference" else -1]
+    cache = CACHES[kind](model.config)
+    with first():
+        model(ids[:, :5], past_key_values=cache)
+    with second():
+        rest = [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(5, 12)]
+        expected = model(ids, past_key_values=CACHES[kind](model.config)).logits[:, 5:]
+        assert_close(expected, torch.cat(rest, 1), 1e-5)
 
 
 @pytest.mark.parametrize("frozen", [(), ("kv_a",)])
@@ -131,3 +256,101 @@ def test_docstring_figure():
     for layer in range(61):
         cache.update(latent, latent[..., :0], layer)
     assert cache.nbytes() == 70_272_000
+
+
+# -- FP8 ---------------------------------------------------------------------------------------------------------------
+
+
+def test_fp8_row():
+    """Byte for byte: codes, scales and rope key of one token, from the definition."""
+    layer, latent = Fp8Layer(150, 6), torch.randn(156) * 3
+    row = layer.pack(latent)
+    assert row.dtype == torch.uint8 and row.shape == (150 + 2 * 4 + 6 * 2,)
+    scales = torch.stack([block.abs().max() / 448 for block in latent[:150].split(128)])
+    codes = torch.cat([block / scale for block, scale in zip(latent[:150].split(128), scales)]).to(torch.float8_e4m3fn)
+    assert torch.equal(row[:150], codes.view(torch.uint8))
+    assert torch.equal(row[150:158], scales.view(torch.uint8))
+    assert torch.equal(row[158:], latent[150:].bfloat16().view(torch.uint8))
+    back = torch.cat((codes.float() * scales.repeat_interleave(128)[:150], latent[150:].bfloat16().float()))
+    assert torch.equal(back, layer.unpack(row, torch.float32))
+
+
+def test_fp8_bytes_of_v3():
+    """512 + 4 * 4 + 64 * 2 = 656 bytes per token and layer, against 1152 in bf16."""
+    config = tiny_config(kv_lora_rank=512, qk_rope_head_dim=64)
+    cache = Fp8LatentCache(config)
+    latent = torch.randn(2, 1, 10, 576, dtype=torch.bfloat16)
+    for layer in range(3):
+        states, values = cache.update(latent, latent[..., :0], layer)
+    assert cache.nbytes() == 2 * 10 * 3 * 656
+    assert states.dtype == torch.bfloat16 and states.shape == latent.shape and values.shape[-1] == 0
+    assert torch.equal(states[..., 512:], latent[..., 512:])  # the rope key is exact
+
+
+def test_fp8_error():
+    """E4M3 keeps 3 bits after the leading one: within 2^-4 each, in the mean square 2^-4 / sqrt(3) of the spacing's
+    share, about 2.6 %; whatever the block's size, and for any magnitude that fp32 has."""
+    layer = Fp8Layer(512, 64)
+    for magnitude in (1e-25, 1e-3, 1.0, 1e4, 1e30):
+        states = torch.randn(4, 1, 50, 576) * magnitude
+        states[..., 512:] = 0
+        back = layer.unpack(layer.pack(states), torch.float32)
+        assert 0.024 < rms_ratio(states, back) < 0.028
+        # Numbers below 2^-6 of E4M3's unit, 2^-6 / 448 of the block's largest, lose relative precision.
+        large = states.abs() > 2e-4 * magnitude
+        assert ((back - states).abs() <= 2**-4 * states.abs() * 1.0001)[large].all()
+    assert torch.equal(layer.unpack(layer.pack(torch.zeros(1, 1, 3, 576)), torch.float32), torch.zeros(1, 1, 3, 576))
+    broken = torch.ones(1, 1, 1, 576)
+    broken[..., 5] = float("nan")
+    back = layer.unpack(layer.pack(broken), torch.float32)
+    assert back[..., :128].isnan().all() and torch.equal(back[..., 128:], broken[..., 128:])
+
+
+@torch.no_grad()
+def test_fp8_rounds_once():
+    """Rows already held keep their bytes; and a text that arrives in chunks gives what it gives whole."""
+    model, ids = tiny_model(), tokens(2, 40)
+    whole = filled(model, ids, Fp8LatentCache)
+    cache = Fp8LatentCache(model.config)
+    logits, before = [], None
+    for part in ids.split([7, 1, 1, 20, 11], dim=1):
+        logits.append(model(part, past_key_values=cache).logits)
+        rows = cache.layers[0].keys
+        assert before is None or torch.equal(rows[:, :, : before.shape[2]], before)
+        before = rows.clone()
+    assert torch.equal(cache.layers[0].keys, whole.layers[0].keys)
+    fresh = Fp8LatentCache(model.config)
+    assert_close(model(ids, past_key_values=fresh).logits, torch.cat(logits, 1), 1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("form", ["expanded", "absorbed"])
+def test_fp8_logits_are_those_of_rounded_latents(form, monkeypatch):
+    """Not near them: equal to attention on the rounded latents. And the rounding matters."""
+    from modeling_nanodeepseek.attention import MultiHeadLatentAttention
+
+    model, ids = tiny_model(attention_form=form), tokens(2, 31)
+    exact = model(ids).logits
+    logits = model(ids, past_key_values=Fp8LatentCache(model.config)).logits
+    latent = MultiHeadLatentAttention.latent
+
+    def rounded(self, *args):
+        states = latent(self, *args)
+        scale = states[..., :22].abs().amax(-1, keepdim=True) / 448
+        codes = (states[..., :22] / scale).to(torch.float8_e4m3fn).float()
+        return torch.cat((codes * scale, states[..., 22:].bfloat16().float()), -1)
+
+    monkeypatch.setattr(MultiHeadLatentAttention, "latent", rounded)
+    assert_close(model(ids).logits, logits, 1e-5)
+    assert 1e-3 < rms_ratio(exact, logits) < 0.2
+
+
+def test_fp8_refuses_gradients_and_other_models():
+    model, ids = tiny_model(), tokens(2, 5)
+    with pytest.raises(ValueError, match=r"no gradient.*no_grad"):
+        model(ids, past_key_values=Fp8LatentCache(model.config))
+    with pytest.raises(ValueError, match="attention_type='gqa' has none"):
+        Fp8LatentCache(tiny_config(attention_type="gqa", num_key_value_heads=3, head_dim=8))
+    other = Fp8LatentCache(tiny_config(kv_lora_rank=24))
+    with torch.no_grad(), pytest.raises(ValueError, match=r"made for 24 \+ 6 .* 28"):
+        model(ids, past_key_values=other)
