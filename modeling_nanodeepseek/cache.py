@@ -184,6 +184,15 @@ class Fp8Layer(GrowingLayer):
         return (*self.keys.shape[:3], self.c + self.r) if self.is_initialized else None
 
 
+def check_offloading():
+    """Raises ValueError where a cache cannot be offloaded."""
+    if not torch.cuda.is_available():
+        raise ValueError(
+            "Offloading keeps a GPU's cache in the CPU's memory, and there is no CUDA device here: leave out "
+            "offloading=True, or cache_implementation='offloaded' or 'offloaded_static'."
+        )
+
+
 class LatentCache(Cache):
     r"""The latents of every layer of one batch.
 
@@ -204,11 +213,8 @@ class LatentCache(Cache):
     """
 
     def __init__(self, config: NanoDeepSeekConfig, offloading: bool = False):
-        if offloading and not torch.cuda.is_available():
-            raise ValueError(
-                "Offloading keeps a GPU's cache in the CPU's memory, and there is no CUDA device here: leave out "
-                "offloading=True, or cache_implementation='offloaded'."
-            )
+        if offloading:
+            check_offloading()
         layers = [self.new_layer(config) for _ in range(config.num_hidden_layers)]
         super().__init__(layers=layers, offloading=offloading, offload_only_non_sliding=False)
 

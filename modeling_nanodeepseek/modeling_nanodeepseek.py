@@ -21,7 +21,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention import ATTENTION_TYPES, GroupedQueryAttention, MultiHeadLatentAttention
-from .cache import Fp8LatentCache, LatentCache
+from .cache import Fp8LatentCache, LatentCache, check_offloading
 from .checkpoints import register_conversions
 from .checks import check_inputs
 from .configuration_nanodeepseek import NanoDeepSeekConfig
@@ -336,6 +336,8 @@ class NanoDeepSeekForCausalLM(NanoDeepSeekPreTrainedModel, GenerationMixin):
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         """`generate()` builds our caches where transformers would build its dynamic, offloaded and quantised ones."""
+        if "offloaded" in (generation_config.cache_implementation or ""):
+            check_offloading()
         ours = self.config.attention_type == "mla" and generation_config.use_cache is not False
         build = self._latent_caches().get(generation_config.cache_implementation) if ours else None
         if build is None or model_kwargs.get("past_key_values") is not None:
