@@ -21,7 +21,7 @@ KINDS = {
     "gqa": GQA,
 }
 kinds = pytest.mark.parametrize("kind", KINDS)
-SETTINGS = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": 12}
+SETTINGS = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": 8}
 
 
 def tokens(*args, **kwargs) -> torch.Tensor:
@@ -34,7 +34,7 @@ def choose_best(logits: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def by_hand(model, ids: torch.Tensor, new: int = 12, choose=choose_best, read=None) -> torch.Tensor:
+def by_hand(model, ids: torch.Tensor, new: int = 8, choose=choose_best, read=None) -> torch.Tensor:
     """ids [B, T] with `new` tokens more; `read(ids)` gives logits, by default a forward of everything, uncached."""
     for _ in range(new):
         logits = model(ids, use_cache=False).logits if read is None else read(ids)
@@ -79,7 +79,7 @@ def test_what_it_returns(kind):
     for layer in range(4):
         states = torch.cat([step[layer] for step in output.hidden_states], 1)
         assert_close(full.hidden_states[layer][:, :-1], states, 1e-5)
-    assert output.past_key_values.get_seq_length() == 18  # the last token is never fed
+    assert output.past_key_values.get_seq_length() == 14  # the last token is never fed
     assert type(output.past_key_values) is (DynamicCache if kind == "gqa" else LatentCache)
 
 
@@ -225,9 +225,8 @@ def test_prompt_lookup(kind, monkeypatch):
 
 
 @kinds
-@pytest.mark.parametrize("cache", ["dynamic", "static", "quantized"])
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_a_batch_is_its_rows(attention, cache, kind):
+@pytest.mark.parametrize("cache, attention", [("dynamic", "eager"), ("static", "sdpa"), ("quantized", "sdpa")])
+def test_a_batch_is_its_rows(cache, attention, kind):
     if kind == "gqa" and cache == "quantized":
         pytest.skip("the FP8 form holds latents")
     model = tiny_model(**KINDS[kind])
@@ -251,7 +250,7 @@ def test_continuing_after_right_padding(static, kind):
     logits = model(ids, attention_mask=mask, past_key_values=cache).logits
     chosen = choose_best(logits[torch.arange(3), lengths[:, 0] - 1])
     written = [chosen]
-    for step in range(11):
+    for step in range(7):
         mask = F.pad(mask, (0, 1), value=1)
         logits = model(chosen, attention_mask=mask, position_ids=lengths + step, past_key_values=cache).logits
         chosen = choose_best(logits[:, -1])
@@ -399,12 +398,10 @@ def a_cache(name: str, model):
 
 
 @pytest.mark.parametrize("cached", ["latent", "fp8", "transformers", "static"])
-@pytest.mark.parametrize("left", [False, True])
 @pytest.mark.parametrize("form", ["expanded", "absorbed"])
-def test_a_conversation(form, left, cached):
+def test_a_conversation(form, cached):
     """Three turns on one cache: each equals reading everything so far from the beginning."""
-    model = tiny_model(attention_form=form)
-    rows = uneven_rows() if left else list(tokens(3, 9))
+    model, rows = tiny_model(attention_form=form), uneven_rows()
     ids, mask = padded(rows)
     kept = a_cache(cached, model)
     for turn in range(3):
@@ -413,8 +410,6 @@ def test_a_conversation(form, left, cached):
         expected = model.generate(ids, attention_mask=mask, past_key_values=a_cache(cached, model), **SETTINGS)
         actual = model.generate(ids, attention_mask=mask, past_key_values=kept, **SETTINGS)
         assert torch.equal(expected, actual), turn
-        if cached != "fp8":
-            assert torch.equal(expected, model.generate(ids, attention_mask=mask, **SETTINGS))
         mask = F.pad(mask, (0, actual.shape[1] - ids.shape[1]), value=1)
         ids = actual
         assert int(kept.get_seq_length()) == ids.shape[1] - 1
@@ -448,7 +443,7 @@ def test_only_the_news(cached):
 
 
 @kinds
-@pytest.mark.parametrize("chunk", [1, 4, 9, 50])
+@pytest.mark.parametrize("chunk", [1, 4, 50])
 @pytest.mark.parametrize("cache", ["dynamic", "static", "quantized"])
 def test_chunked_prefill(cache, chunk, kind):
     if kind == "gqa" and cache == "quantized":
@@ -484,7 +479,7 @@ def test_the_quantised_cache_of_generate():
     settings = SETTINGS | {"cache_implementation": "quantized", "return_dict_in_generate": True}
     output = model.generate(ids, cache_config={"backend": "fp8"}, **settings)
     assert type(output.past_key_values) is Fp8LatentCache
-    assert output.past_key_values.nbytes() == 2 * 18 * 3 * (22 + 4 + 2 * 6)
+    assert output.past_key_values.nbytes() == 2 * 14 * 3 * (22 + 4 + 2 * 6)
     for wrong in ({"backend": "quanto"}, {"backend": "fp8", "nbits": 4}):
         with pytest.raises(ValueError, match=r"cache_config=.*not possible for MLA: only \{'backend': 'fp8'\}"):
             model.generate(ids, cache_config=wrong, **settings)
@@ -517,6 +512,9 @@ def test_offloading(implementation, kind):
 # -- static cache and compilation --------------------------------------------------------------------------------------
 
 
+ONE_LAYER = {"num_hidden_layers": 1, "first_k_dense_replace": 0}  # with experts: to compile takes long enough
+
+
 def graphs() -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
@@ -540,11 +538,11 @@ def test_a_static_cache_is_used_again(kind):
         cache.reset()
 
 
-@kinds
+@pytest.mark.parametrize("kind", ["mla-expanded", "mla-absorbed", "gqa"])
 @torch.no_grad()
 def test_compiled_with_a_static_cache(kind, fresh_compiler):
     """Prompt and decode step: a graph each for 24 tokens, and for the next text in the same cache."""
-    model = tiny_model(num_hidden_layers=2, **KINDS[kind])
+    model = tiny_model(**ONE_LAYER, **KINDS[kind])
     step = torch.compile(model.forward, fullgraph=True, dynamic=False, backend="eager")
     cache = StaticCache(config=model.config, max_cache_len=40)
     model(tokens(2, 7), past_key_values=cache)  # it takes its memory at the first update: better outside a graph
@@ -563,7 +561,7 @@ def test_compiled_with_a_static_cache(kind, fresh_compiler):
 @pytest.mark.parametrize("kind", ["mla", "gqa"])
 def test_generate_compiles_by_itself(kind, fresh_compiler):
     """As on a GPU, where generate() compiles the decode step by default: one graph, also for the second text."""
-    model = tiny_model(num_hidden_layers=2, **KINDS[kind])
+    model = tiny_model(**ONE_LAYER, **KINDS[kind])
     compilation = CompileConfig(fullgraph=True, mode=None, backend="aot_eager")
     compilation._compile_all_devices = True
     settings = SETTINGS | {"cache_implementation": "static", "compile_config": compilation, "max_new_tokens": 24}
@@ -578,7 +576,7 @@ def test_generate_compiles_by_itself(kind, fresh_compiler):
 @torch.no_grad()
 def test_compiled_decoding_with_a_growing_cache(kind, fresh_compiler):
     """A graph for the first length, one for all lengths after it; none per token."""
-    model, ids = tiny_model(num_hidden_layers=2), tokens(2, 7)
+    model, ids = tiny_model(**ONE_LAYER), tokens(2, 7)
     step = torch.compile(model.forward, fullgraph=True, backend="eager")
     cache, seen = kind(model.config), []
     chosen = choose_best(model(ids, past_key_values=cache).logits[:, -1])
@@ -727,8 +725,8 @@ def test_prompts_beyond_the_limit(implementation, embeds, monkeypatch):
         warnings = []
         patch.setattr("modeling_nanodeepseek.modeling_nanodeepseek.logger.warning", warnings.append)
         written = generate(tokens(2, 15))
-        assert warnings == ["max_position_embeddings is 20: after a prompt of 15 tokens at most 6 are written, not 12."]
+        assert warnings == ["max_position_embeddings is 20: after a prompt of 15 tokens at most 6 are written, not 8."]
         assert torch.equal(by_hand(model, tokens(2, 15), 6)[:, 15:], written)
         warnings.clear()
         assert torch.equal(by_hand(model, tokens(2, 20), 1)[:, 20:], generate(tokens(2, 20), max_new_tokens=1))
-        assert generate(tokens(2, 9)).shape == (2, 12) and not warnings
+        assert generate(tokens(2, 9)).shape == (2, 8) and not warnings
