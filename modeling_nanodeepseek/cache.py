@@ -105,7 +105,7 @@ class GrowingLayer(DynamicLayer):
         self._on_batch(lambda buffer: buffer[indices, ...])
 
     def _on_batch(self, operation):
-        if self._length > 0:
+        if self.is_initialized:
             self._buffers = [operation(buffer) for buffer in self._buffers]
 
     def reset(self):
