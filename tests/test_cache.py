@@ -260,6 +260,32 @@ def test_gradients_flow_through_a_cache(frozen):
             assert_close(expected[name], parameter.grad, 1e-4, name)
 
 
+def test_what_others_hold_is_not_written():
+    """Neither what autograd saved, nor a tensor that was put into the layer, when their last rows are cropped off and
+    written anew."""
+    model, ids = tiny_model(), tokens(2, 12)
+    (model(ids).logits ** 2).sum().backward()
+    expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    cache = LatentCache(model.config)
+    loss = (model(ids, past_key_values=cache).logits ** 2).sum()
+    cache.crop(-5)
+    with torch.no_grad():
+        model(tokens(2, 4, seed=7), past_key_values=cache)
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        assert_close(expected[name], parameter.grad, 1e-6, name)
+
+    layer, mine = GrowingLayer(), torch.randn(2, 1, 9, 5)
+    kept = mine.clone()
+    with torch.no_grad():
+        layer.update(mine, mine)
+        layer.keys = layer.values = mine
+        layer.crop(-3)
+        layer.update(torch.zeros(2, 1, 2, 5), torch.zeros(2, 1, 2, 5))
+    assert torch.equal(mine, kept) and torch.equal(layer.keys[:, :, :6], mine[:, :, :6])
+
+
 def test_inference_mode_then_continue():
     model, ids = tiny_model(), tokens(2, 9)
     with torch.inference_mode():
