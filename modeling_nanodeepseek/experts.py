@@ -97,6 +97,14 @@ class _SortedExperts(torch.autograd.Function):
         return grad_hidden_Td, grad_weights_TK, grad_up_Exd, grad_down_Edm, None, None, None, None
 
 
+def _grouped_mm(x: torch.Tensor, weight_Eab: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """Rows x [N, a], sorted by expert, each times its expert's [a, b]. torch compiles its own for bf16 alone; what
+    transformers registers for the others is a loop over experts, one node in a graph."""
+    if torch.compiler.is_compiling() and weight_Eab.dtype != torch.bfloat16:
+        return torch.ops.transformers.grouped_mm_fallback(x, weight_Eab, ends)
+    return F.grouped_mm(x, weight_Eab, offs=ends)
+
+
 def _grouped(hidden_Td, weights_TK, up_Exd, down_Edm, sorted_experts, tokens, slots, activate, drops: bool):
     """The same by two grouped GEMMs over all rows: for GPUs, and for torch.compile, which cannot follow row counts."""
     experts = torch.arange(1, len(up_Exd) + 1, device=hidden_Td.device)
@@ -107,10 +115,10 @@ def _grouped(hidden_Td, weights_TK, up_Exd, down_Edm, sorted_experts, tokens, sl
     if drops:
         # The kernels leave rows without an expert as they found them, forward and backward.
         x, w = x.masked_fill(dropped, 0.0), w.masked_fill(dropped[:, 0], 0.0)
-    h = F.grouped_mm(x, up_Exd.mT, offs=ends)
+    h = _grouped_mm(x, up_Exd.mT, ends)
     if drops:
         h = h.masked_fill(dropped, 0.0)
-    y = F.grouped_mm(activate(h) * w[:, None], down_Edm.mT, offs=ends)
+    y = _grouped_mm(activate(h) * w[:, None], down_Edm.mT, ends)
     if drops:
         y = y.masked_fill(dropped, 0.0)
     y_TKd = y[slots.argsort()].unflatten(0, weights_TK.shape)

@@ -30,7 +30,7 @@ def test_a_run_from_text_to_text(kind, tiny_recipe, capsys, tmp_path):
     assert (output / "loss.png").read_bytes().startswith(b"\x89PNG") and (output / "loss.png").stat().st_size > 5000
     model, tokenizer = AutoModelForCausalLM.from_pretrained(output), AutoTokenizer.from_pretrained(output)
     assert model.config.eos_token_id == tokenizer.eos_token_id == 1
-    ids = tokenizer(text(5), return_tensors="pt")["input_ids"]
+    ids = tokenizer(text(5), return_tensors="pt")["input_ids"][:, :64]  # what the model has positions for
     assert model(ids, labels=ids).loss < 3.0
     written = pipeline("text-generation", model=str(output))("the quick", max_new_tokens=8)[0]["generated_text"]
     assert written.startswith("the quick") and len(written) > len("the quick")
