@@ -1,11 +1,12 @@
 # Two commands: `make quickstart` and `make test`. Each makes .venv itself; both are safe to run twice.
+# Beside them: `make conformance` (transformers' own model tests, which it downloads), `make lint`, `make format`.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 TORCH := 2.13.0
 
-.PHONY: quickstart test lint format install clean
+.PHONY: quickstart test conformance lint format install clean
 
 quickstart: install
 	$(BIN)/accelerate launch --config_file configuration/accelerate/single.yaml \
@@ -13,6 +14,9 @@ quickstart: install
 
 test: install
 	$(BIN)/python -m pytest -n 2
+
+conformance: install
+	$(BIN)/python -m tests.conformance.report -n 2
 
 lint: install
 	$(BIN)/ruff check .

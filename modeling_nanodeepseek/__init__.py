@@ -3,7 +3,13 @@
 Importing this package registers the model with transformers' Auto classes.
 """
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 
 from .balancing import ExpertLoad, LoadBalancingCallback, update_expert_bias
 from .cache import Fp8LatentCache, LatentCache
@@ -11,6 +17,8 @@ from .configuration_nanodeepseek import NanoDeepSeekConfig
 from .modeling_nanodeepseek import (
     NanoDeepSeekCausalLMOutput,
     NanoDeepSeekForCausalLM,
+    NanoDeepSeekForSequenceClassification,
+    NanoDeepSeekForTokenClassification,
     NanoDeepSeekModel,
     NanoDeepSeekPreTrainedModel,
 )
@@ -20,6 +28,8 @@ __version__ = "0.1.0"
 AutoConfig.register(NanoDeepSeekConfig.model_type, NanoDeepSeekConfig, exist_ok=True)
 AutoModel.register(NanoDeepSeekConfig, NanoDeepSeekModel, exist_ok=True)
 AutoModelForCausalLM.register(NanoDeepSeekConfig, NanoDeepSeekForCausalLM, exist_ok=True)
+AutoModelForSequenceClassification.register(NanoDeepSeekConfig, NanoDeepSeekForSequenceClassification, exist_ok=True)
+AutoModelForTokenClassification.register(NanoDeepSeekConfig, NanoDeepSeekForTokenClassification, exist_ok=True)
 
 __all__ = [
     "ExpertLoad",
@@ -29,6 +39,8 @@ __all__ = [
     "NanoDeepSeekCausalLMOutput",
     "NanoDeepSeekConfig",
     "NanoDeepSeekForCausalLM",
+    "NanoDeepSeekForSequenceClassification",
+    "NanoDeepSeekForTokenClassification",
     "NanoDeepSeekModel",
     "NanoDeepSeekPreTrainedModel",
     "update_expert_bias",

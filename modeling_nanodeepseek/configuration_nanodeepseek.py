@@ -13,6 +13,9 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import GenerationConfig, PreTrainedConfig
 from transformers.distributed import DistributedConfig
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 # What a family's config.json leaves out because the family's own class supplies it.
 FAMILY_DEFAULTS = {
@@ -29,6 +32,7 @@ FAMILY_DEFAULTS = {
 ROPE_FIELDS = {
     "default": ({"rope_type", "rope_theta"}, set()),
     "linear": ({"rope_type", "rope_theta", "factor"}, set()),
+    "dynamic": ({"rope_type", "rope_theta", "factor"}, set()),
     "yarn": (
         {"rope_type", "rope_theta", "factor", "original_max_position_embeddings"},
         {"beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor", "truncate"},
@@ -79,7 +83,8 @@ class NanoDeepSeekConfig(PreTrainedConfig):
         attention_bias, attention_dropout: biases of the down and output projections; dropout on the attention weights.
         attention_form: `"auto"` chooses expanded or absorbed from the lengths and the backend (`attention.py`);
             `"expanded"` and `"absorbed"` force one. The two are equal in real arithmetic.
-        rope_parameters: dict with `rope_type` (`default`, `linear`, `yarn`), `rope_theta` and that type's parameters.
+        rope_parameters: dict with `rope_type` (`default`, `linear`, `dynamic`, `yarn`), `rope_theta` and that
+            type's parameters.
         rope_interleave: rotate the pairs (x0,x1),(x2,x3).. (DeepSeek) instead of the two halves of the vector. MLA
             only; the `gqa` baseline always rotates halves.
 
@@ -220,7 +225,7 @@ class NanoDeepSeekConfig(PreTrainedConfig):
                 f"model_type={family!r} is another family's file, with defaults of its own: read it by "
                 "NanoDeepSeekConfig.from_pretrained(folder) or NanoDeepSeekConfig.from_dict(values)."
             )
-        self._refuse_unknown(kwargs)
+        self.refuse_unknown(kwargs)
         # Derived from other fields; written by transformers into v5-style files, so accepted and recomputed.
         kwargs.pop("qk_head_dim", None)
         if kwargs.pop("mlp_bias", False):
@@ -250,7 +255,21 @@ class NanoDeepSeekConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
-        return super().from_dict(cls._adopt_family(config_dict), **kwargs)
+        """Reads the contents of a config.json.
+
+        Tools note things of their own in such files, and so does whoever sets a new attribute on a config and saves
+        it. In a file of this family a key that resembles no field is therefore kept, with a warning, where the
+        constructor would refuse it. One that resembles a field is a slip, and is refused here too.
+        """
+        values = cls._adopt_family(config_dict)
+        ours = values.get("model_type", cls.model_type) == cls.model_type
+        notes = {key: value for key, value in cls._unknown(values).items() if ours and not cls._field_like(key, 0.85)}
+        read = super().from_dict({key: value for key, value in values.items() if key not in notes}, **kwargs)
+        if notes:
+            logger.warning(f"The config holds keys that NanoDeepSeekConfig keeps but does not use: {_names(notes)}.")
+            for key, value in notes.items():
+                setattr(read[0] if isinstance(read, tuple) else read, key, value)
+        return read
 
     @classmethod
     def _adopt_family(cls, config_dict: dict[str, Any]) -> dict[str, Any]:
@@ -260,16 +279,34 @@ class NanoDeepSeekConfig(PreTrainedConfig):
             return config_dict
         # The class and the code named there belong to another implementation; ours must not point at them.
         kept = {key: value for key, value in config_dict.items() if key not in ("architectures", "auto_map")}
+        cls.refuse_unknown(kept)  # what we do not know may be a part of the model
         return FAMILY_DEFAULTS[family] | kept | {"model_type": cls.model_type}
 
-    def _refuse_unknown(self, kwargs: dict[str, Any]):
-        known = KNOWN_EXTRA_KEYS | set(GenerationConfig._get_default_generation_params()) | set(self.attribute_map)
-        for key in kwargs:
-            if key.startswith("_") or key in known or isinstance(getattr(type(self), key, None), property):
-                continue
-            close = difflib.get_close_matches(key, [*self.__dataclass_fields__, *known], n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise ValueError(f"NanoDeepSeekConfig has no field {key!r} (given {kwargs[key]!r}){hint}")
+    @classmethod
+    def refuse_unknown(cls, values: dict[str, Any]):
+        """Raises ValueError, naming the field that was probably meant, if a key of `values` is no field."""
+        for key, value in cls._unknown(values).items():
+            close = cls._field_like(key, similarity=0.6)
+            hint = f"; did you mean {close!r}?" if close else ""
+            raise ValueError(f"NanoDeepSeekConfig has no field {key!r} (given {value!r}){hint}")
+
+    @classmethod
+    def _unknown(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Those of `values` that neither this class nor transformers has a field for."""
+        known = {*cls.__dataclass_fields__, *cls.attribute_map, *KNOWN_EXTRA_KEYS, "model_type", "transformers_version"}
+        known.update(GenerationConfig._get_default_generation_params())
+        return {
+            key: value
+            for key, value in values.items()
+            if not (key.startswith("_") or key in known or isinstance(getattr(cls, key, None), property))
+        }
+
+    @classmethod
+    def _field_like(cls, key: str, similarity: float) -> str | None:
+        """The field whose name resembles `key` most, if by at least that ratio of equal letters."""
+        names = [*cls.__dataclass_fields__, *KNOWN_EXTRA_KEYS, *cls.attribute_map]
+        close = difflib.get_close_matches(key, names, n=1, cutoff=similarity)
+        return close[0] if close else None
 
     # -- derived -------------------------------------------------------------------------------------------------
 
@@ -319,6 +356,8 @@ class NanoDeepSeekConfig(PreTrainedConfig):
         rotated = "qk_rope_head_dim" if self.attention_type == "mla" else "head_dim"
         even = getattr(self, rotated) >= 2 and getattr(self, rotated) % 2 == 0
         self._require(even, rotated, "rotation needs an even number, at least 2")
+        several = getattr(self, rotated) > 2 or self.rope_parameters["rope_type"] != "dynamic"
+        self._require(several, rotated, "rope_type='dynamic' needs at least 4: it rescales all pairs but the first")
         if self.attention_type == "mla":
             for field in ["kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"]:
                 self._require(getattr(self, field) >= 1, field, "it must be at least 1")

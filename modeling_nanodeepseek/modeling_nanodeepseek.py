@@ -12,7 +12,11 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.loss.loss_utils import ForCausalLMLoss
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_layers import (
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
 from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
@@ -116,7 +120,8 @@ class NanoDeepSeekPreTrainedModel(PreTrainedModel):
         "router_logits": OutputRecorder(TopkRouter, index=0),
     }
 
-    # transformers finds these two out by searching this file's text; attention and experts live in files of their own.
+    # transformers and its tests find these two out by searching this file's text for
+    # `ALL_ATTENTION_FUNCTIONS.get_interface(` and `@use_experts_implementation`; ours are in attention.py and moe.py.
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
         return True
@@ -385,11 +390,47 @@ class NanoDeepSeekForCausalLM(NanoDeepSeekPreTrainedModel, GenerationMixin):
         return generation_config
 
 
+# The generic heads' forward is used and their __init__ is not: it asks AutoModel for the decoder, which does not know a
+# config whose code was loaded from a checkpoint's folder.
+
+
+class NanoDeepSeekForSequenceClassification(GenericForSequenceClassification, NanoDeepSeekPreTrainedModel):
+    """The decoder with a linear layer on each sequence's last token that is not padding: [B, T] -> [B, num_labels].
+
+    The loss is that of `config.problem_type` alone, without the balance loss; the loss-free balancing of
+    `update_expert_bias` works here too.
+    """
+
+    def __init__(self, config: NanoDeepSeekConfig):
+        NanoDeepSeekPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = NanoDeepSeekModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+
+class NanoDeepSeekForTokenClassification(GenericForTokenClassification, NanoDeepSeekPreTrainedModel):
+    """The decoder with dropout (0.1) and a linear layer on every token: [B, T] -> [B, T, num_labels].
+
+    The loss is the cross-entropy alone, as in `NanoDeepSeekForSequenceClassification`.
+    """
+
+    def __init__(self, config: NanoDeepSeekConfig):
+        NanoDeepSeekPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = NanoDeepSeekModel(config)
+        self.dropout = nn.Dropout(0.1)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+
 register_conversions()
 
 __all__ = [
     "NanoDeepSeekCausalLMOutput",
     "NanoDeepSeekForCausalLM",
+    "NanoDeepSeekForSequenceClassification",
+    "NanoDeepSeekForTokenClassification",
     "NanoDeepSeekModel",
     "NanoDeepSeekPreTrainedModel",
 ]

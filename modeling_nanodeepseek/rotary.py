@@ -17,7 +17,8 @@ class RotaryEmbedding(Fp32Buffers):
     r"""e^{i t theta_j} for position t, theta_j = base^(-2j/r), j < r/2 (RoFormer, arXiv:2104.09864 eq. 15).
 
     r is `config.head_dim`: qk_rope_head_dim for MLA, the whole head for GQA. YaRN (arXiv:2309.00071) replaces theta,
-    and scales the result where its two mscales differ.
+    and scales the result where its two mscales differ. Dynamic NTK replaces the base, by one that grows with the
+    longest position of the call beyond max_position_embeddings; tokens cached already keep the angles of their call.
 
     Shapes: position_ids [B, T] -> [B, T, r/2], complex of two fp32.
     """
@@ -40,7 +41,11 @@ class RotaryEmbedding(Fp32Buffers):
     @torch.no_grad()
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         """`x` gives the device alone; angles stay fp32, because bf16 cannot hold a position beyond 256 exactly."""
-        angles = position_ids[..., None].float() * self.inv_freq.to(device=x.device, dtype=torch.float)
+        inv_freq = self.inv_freq
+        if self.rope_type == "dynamic":
+            # Computed anew, where transformers keeps the longest call's: a call then depends on its own tokens alone.
+            inv_freq, _ = ROPE_INIT_FUNCTIONS["dynamic"](self.config, x.device, seq_len=position_ids.max() + 1)
+        angles = position_ids[..., None].float() * inv_freq.to(device=x.device, dtype=torch.float)
         return torch.complex(angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling)
 
 

@@ -39,7 +39,12 @@ REFUSED = [
     ({"adaptive_expert_threshold": 1.0}, ["adaptive_expert_threshold=1.0", "[0, 1)"]),
     ({"router_noise": -0.1}, ["router_noise=-0.1", "at least 0"]),
     ({"seq_aux": False}, ["seq_aux=False", "sequence-wise"]),
-    ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, ["rope_type='dynamic'", "'yarn'"]),
+    ({"rope_parameters": {"rope_type": "longrope", "factor": 2.0}}, ["rope_type='longrope'", "'yarn'"]),
+    ({"rope_parameters": {"rope_type": "dynamic"}}, ["rope_parameters lacks 'factor'"]),
+    (
+        {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}, "qk_rope_head_dim": 2},
+        ["qk_rope_head_dim=2", "at least 4"],
+    ),
     ({"rope_parameters": {"rope_type": "yarn"}}, ["rope_parameters lacks 'factor'"]),
     ({"rope_parameters": {"rope_type": "linear", "factor": -3.0}}, ["['factor']=-3.0", "at least 1"]),
     ({"rope_parameters": {"rope_type": "default", "facter": 2.0}}, ["no field 'facter'", "'rope_theta'"]),
@@ -74,6 +79,36 @@ def test_unknown_field_in_a_file_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "nanodeepseek", "kv_lora_ranks": 3}))
     with pytest.raises(ValueError, match="kv_lora_rank'"):
         AutoConfig.from_pretrained(tmp_path)
+
+
+def test_notes_of_others_in_a_file_are_kept_and_named(tmp_path, caplog):
+    """A config on which somebody set an attribute of their own can be saved and read, as any config of transformers."""
+    config = tiny_config()
+    config.unsloth_version = "2026.1"
+    config.layer_norm_eps = 1.0
+    config.save_pretrained(tmp_path)
+    for read in (AutoConfig.from_pretrained(tmp_path), NanoDeepSeekConfig.from_pretrained(tmp_path)):
+        assert (read.unsloth_version, read.layer_norm_eps, read.rms_norm_eps) == ("2026.1", 1.0, 1e-6)
+        assert read.to_dict()["unsloth_version"] == "2026.1"
+    read, unused = NanoDeepSeekConfig.from_pretrained(tmp_path, return_unused_kwargs=True, colour="red", n_group=2)
+    assert (read.unsloth_version, read.n_group, unused) == ("2026.1", 2, {"colour": "red"})
+    assert "keeps but does not use: 'layer_norm_eps', 'unsloth_version'." in caplog.text
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "deepseek_v32"])
+def test_unknown_fields_of_another_family_are_refused(family, tmp_path):
+    """There they are a part of the model that this one does not have."""
+    values = {"model_type": family, "index_topk": 2048}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match="no field 'index_topk'"):
+        NanoDeepSeekConfig.from_dict(values)
+    with pytest.raises(ValueError, match="no field 'index_topk'"):
+        NanoDeepSeekConfig.from_pretrained(tmp_path)
+
+
+def test_an_unknown_toggle_is_refused():
+    with pytest.raises(ValueError, match="no field 'n_layers' .given 3."):
+        build_config("quickstart", n_layers=3)
 
 
 def test_defaults_are_deepseek_v3():

@@ -5,9 +5,20 @@ import itertools
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 
-from modeling_nanodeepseek import NanoDeepSeekForCausalLM, NanoDeepSeekModel
+from modeling_nanodeepseek import (
+    NanoDeepSeekForCausalLM,
+    NanoDeepSeekForSequenceClassification,
+    NanoDeepSeekForTokenClassification,
+    NanoDeepSeekModel,
+    update_expert_bias,
+)
 from tests.conftest import assert_close, checkpoint_activations, rms_ratio, tiny_config, tiny_model, tokens
 
 ATTENTION = {
@@ -136,6 +147,37 @@ def test_registered_with_the_auto_classes(tmp_path):
     model.save_pretrained(tmp_path)
     assert type(AutoModel.from_pretrained(tmp_path)) is NanoDeepSeekModel
     assert type(AutoModelForCausalLM.from_config(tiny_config())) is NanoDeepSeekForCausalLM
+
+
+def test_heads_do_not_look_their_decoder_up(monkeypatch):
+    """AutoModel does not know the config of code that was loaded from a checkpoint's folder."""
+    monkeypatch.setattr(AutoModel, "from_config", None)
+    for head in (NanoDeepSeekForSequenceClassification, NanoDeepSeekForTokenClassification):
+        assert type(head(tiny_config()).model) is NanoDeepSeekModel
+
+
+@pytest.mark.parametrize("auto", [AutoModelForSequenceClassification, AutoModelForTokenClassification])
+def test_classification_on_a_causal_checkpoint(auto, tmp_path):
+    """The decoder is the checkpoint's, only the head is new; each sequence is judged by its last real token."""
+    causal = tiny_model(pad_token_id=0)
+    causal.save_pretrained(tmp_path)
+    model, info = auto.from_pretrained(tmp_path, num_labels=5, output_loading_info=True)
+    assert {key.split(".")[0] for key in info["missing_keys"]} == {"score"}
+    assert {key.split(".")[0] for key in info["unexpected_keys"]} == {"lm_head"}
+    ids = tokens(2, 9) % 96 + 1
+    ids[0, 6:] = 0
+    mask = (ids != 0).long()
+    every = model.score(causal.model(ids, attention_mask=mask).last_hidden_state)
+    expected = every[[0, 1], [5, 8]] if auto is AutoModelForSequenceClassification else every
+    assert_close(expected, model(ids, attention_mask=mask).logits, 1e-6)
+
+    twice = [model.train()(ids, attention_mask=mask).logits for _ in range(2)]
+    assert torch.equal(*twice) == (auto is AutoModelForSequenceClassification)  # the other has dropout
+    update_expert_bias(model)
+    labels = torch.ones(2) if auto is AutoModelForSequenceClassification else torch.ones(2, 9)
+    model.train()(ids, attention_mask=mask, labels=labels.long()).loss.backward()
+    load = update_expert_bias(model)
+    assert load.tokens.sum(-1).tolist() == [15 * 3, 15 * 3]  # 15 real tokens, 3 experts each, in both MoE layers
 
 
 def test_the_loss_is_the_sum_of_its_terms():

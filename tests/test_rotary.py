@@ -59,6 +59,19 @@ def test_yarn_frequencies_of_v3():
         assert inverse[j].item() == pytest.approx(value, rel=2e-6), j
 
 
+@pytest.mark.parametrize("last", [3, 639, 640, 1000, 3])
+def test_dynamic_frequencies(last):
+    """Beyond `longest` = 640 the base is multiplied by (factor * length / longest - (factor - 1))^(r / (r - 2))."""
+    rope = {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 3.0}
+    rotary = RotaryEmbedding(tiny_config(rope_parameters=rope))
+    rotary(torch.zeros(1), torch.tensor([[2000]]))  # an earlier, longer call leaves no trace
+    turns = rotary(torch.zeros(1), torch.tensor([[2, last]]))
+    base = 100.0 * (3.0 * max(last + 1, 640) / 640 - 2.0) ** (6 / 4)
+    angles = torch.tensor([[[2.0], [last]]], dtype=torch.double) * base ** (-2 * torch.arange(3).double() / 6)
+    assert_close(angles.cos(), turns.real, 1e-4)
+    assert_close(angles.sin(), turns.imag, 1e-4)
+
+
 @pytest.mark.parametrize("all_dim, expected", [(1.0, 0.1352337789), (0.707, 0.1147213868), (0.0, 192**-0.5)])
 def test_softmax_scale_under_yarn(all_dim, expected):
     rope = V3_YARN | {"mscale": all_dim or 1.0, "mscale_all_dim": all_dim}

@@ -48,6 +48,7 @@ def build_config(model: str, variant: str | None = None, **toggles) -> NanoDeepS
     changes = known.get(variant, {}) | toggles
     if changes.get("attention_type", values.get("attention_type")) != values.get("attention_type"):
         values.pop("head_dim", None)  # derived from the other kind of attention
+    NanoDeepSeekConfig.refuse_unknown(changes)  # a file may hold notes of other tools, an argument may not
     return NanoDeepSeekConfig.from_dict(values | changes)
 
 

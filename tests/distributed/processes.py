@@ -20,15 +20,19 @@ def _enter(rank: int, world: int, store: str, work, results):
     dist.destroy_process_group()
 
 
+def wait_for(context: mp.ProcessContext, seconds: float):
+    """Until the processes have ended; raises what one of them raised. Fails, and ends them, after `seconds`."""
+    deadline = time.monotonic() + seconds
+    while not context.join(timeout=1):
+        if time.monotonic() > deadline:
+            for process in context.processes:
+                process.kill()
+            pytest.fail(f"{len(context.processes)} processes did not end within {seconds} s")
+
+
 def run(work, tmp_path, world: int = 2, seconds: float = 120) -> list:
     """`work(rank, world)` in `world` processes; their results by rank. Fails, and ends them, after `seconds`."""
     with mp.Manager() as manager:
         results = manager.dict()
-        context = mp.spawn(_enter, (world, str(tmp_path / "store"), work, results), nprocs=world, join=False)
-        deadline = time.monotonic() + seconds
-        while not context.join(timeout=1):
-            if time.monotonic() > deadline:
-                for process in context.processes:
-                    process.kill()
-                pytest.fail(f"{world} processes did not end within {seconds} s")
+        wait_for(mp.spawn(_enter, (world, str(tmp_path / "store"), work, results), nprocs=world, join=False), seconds)
         return [results[rank] for rank in range(world)]

@@ -4,9 +4,19 @@ import copy
 
 import pytest
 import torch
-from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    DeepseekV3ForSequenceClassification,
+    DeepseekV3ForTokenClassification,
+)
 
-from modeling_nanodeepseek import NanoDeepSeekForCausalLM
+from modeling_nanodeepseek import (
+    NanoDeepSeekConfig,
+    NanoDeepSeekForCausalLM,
+    NanoDeepSeekForSequenceClassification,
+    NanoDeepSeekForTokenClassification,
+)
 from tests.conftest import TINY, YARN, assert_close, tiny_config, tiny_model, tokens
 
 CASES = {
@@ -14,6 +24,10 @@ CASES = {
     "yarn-unequal-mscale": {"rope_parameters": YARN | {"rope_theta": 10000.0, "mscale": 0.7, "mscale_all_dim": 1.3}},
     "no-q-rank": {"q_lora_rank": None},
     "default-rope-long-theta": {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}},
+    "dynamic-rope": {  # 31 tokens, where 16 are meant
+        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 3.0},
+        "max_position_embeddings": 16,
+    },
     "half-split-rope": {"rope_interleave": False},
     "no-groups": {"n_group": 1, "topk_group": 1},
     "all-groups": {"topk_group": 4},
@@ -53,6 +67,44 @@ def test_logits_and_gradients(case, attention):
     assert ours_grads.keys() == their_grads.keys()
     for name, expected in their_grads.items():
         assert expected.abs().max() > 0, f"{name} has no gradient: the case does not test it"
+        assert_close(expected, ours_grads[name], 1e-4, name)
+
+
+HEADS = {
+    "sequence": (NanoDeepSeekForSequenceClassification, DeepseekV3ForSequenceClassification),
+    "token": (NanoDeepSeekForTokenClassification, DeepseekV3ForTokenClassification),
+}
+LABELS = {
+    "sequence": torch.tensor([2, 0, 1]),
+    "sequence-regression": torch.tensor([0.5, -1.0, 2.0]),
+    "sequence-several": torch.tensor([[1.0, 0, 0, 1], [0, 0, 0, 0], [0, 1, 1, 0]]),
+    "token": torch.arange(27).reshape(3, 9) % 4,
+}
+
+
+@pytest.mark.parametrize("kind", LABELS)
+def test_classification_heads(kind):
+    """On rows padded at the left, at the right and not at all."""
+    labels = LABELS[kind]
+    settings = {"pad_token_id": 0, "num_labels": 1 if kind.endswith("regression") else 4, "num_key_value_heads": 3}
+    ours, theirs = (
+        head(config_class(**copy.deepcopy(TINY | settings))).eval()
+        for head, config_class in zip(HEADS[kind.split("-")[0]], (NanoDeepSeekConfig, DeepseekV3Config))
+    )
+    for name, parameter in ours.named_parameters():
+        torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.2)
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    ids = tokens(3, 9) % 96 + 1
+    ids[0, :4] = ids[1, 6:] = 0
+    results = []
+    for model in (ours, theirs):
+        output = model(ids, attention_mask=(ids != 0).long(), labels=labels)
+        output.loss.backward()
+        results.append((output, {name: parameter.grad for name, parameter in model.named_parameters()}))
+    (a, ours_grads), (b, their_grads) = results
+    assert_close(b.logits, a.logits, 1e-5, "logits")
+    assert_close(b.loss, a.loss, 1e-5, "loss")
+    for name, expected in their_grads.items():
         assert_close(expected, ours_grads[name], 1e-4, name)
 
 
