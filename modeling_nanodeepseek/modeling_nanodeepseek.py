@@ -23,7 +23,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention import ATTENTION_TYPES, GroupedQueryAttention, MultiHeadLatentAttention
 from .cache import LatentCache
-from .checkpoints import register_conversions
+from .checkpoints import CheckpointMixin, register_conversions
 from .configuration_nanodeepseek import NanoDeepSeekConfig
 from .experts import DEFAULT_EXPERTS, GatedExperts, PlainExperts
 from .layers import RMSNorm, build_mlp
@@ -94,7 +94,7 @@ class NanoDeepSeekDecoderLayer(GradientCheckpointingLayer):
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
 
-class NanoDeepSeekPreTrainedModel(PreTrainedModel):
+class NanoDeepSeekPreTrainedModel(CheckpointMixin, PreTrainedModel):
     """What transformers needs to know to load, save, shard, checkpoint and observe the model."""
 
     config: NanoDeepSeekConfig
