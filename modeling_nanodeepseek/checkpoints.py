@@ -190,10 +190,8 @@ class CheckpointMixin:
             use_safetensors = True
             folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
             if folder.is_dir() and not (folder / "adapter_config.json").is_file():
-                if finish_saving(folder) and config is not None:
-                    raise CheckpointError(
-                        f"an interrupted save into {str(folder)!r} has just been finished; load it again"
-                    )
+                if "config.json" in finish_saving(folder) and config is not None:  # what was read is the old one
+                    raise CheckpointError(f"an interrupted save into {str(folder)!r} was just finished; load it again")
                 if config is None:
                     check_config(folder)
                 weight_files(folder, kwargs.get("variant"))

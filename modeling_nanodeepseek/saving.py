@@ -6,8 +6,8 @@
 The files are forced to disk and the stage is renamed to `.saved`: from that instant the new version counts. Then its
 files move over the old ones, what names the weights last. Whoever ends before that instant leaves the old version
 untouched (and a `.saving` that the next save removes); whoever ends after it leaves a `.saved` that `finish_saving`
-moves on: the next save and `from_pretrained` call it. The stage lies inside the folder, because only there is it certain
-to be on the same file system, where a move is a rename.
+moves on: the next save and `from_pretrained` call it. The stage lies inside the folder, because only there is it sure to
+be on the same file system, where a move is a rename.
 """
 
 import json
@@ -63,15 +63,15 @@ def replacing(folder: str | os.PathLike) -> Iterator[Path]:
     finish_saving(folder)
 
 
-def finish_saving(folder: str | os.PathLike) -> bool:
-    """Moves a version that was complete, but not yet in place, when its process ended; whether there was one.
+def finish_saving(folder: str | os.PathLike) -> list[str]:
+    """Moves a version that was complete, but not all in place, when its process ended; the names of the rest.
 
     Any number of interruptions do no harm: it goes on where the last one stopped.
     """
     folder = Path(folder)
     saved = folder / COMMITTED
     if not saved.is_dir():
-        return False
+        return []
     kinds = {path.name: WEIGHT_FILE.fullmatch(path.name) for path in saved.iterdir()}
     # A single file, or the index, says which weights count. It moves last; until then it says which are still to come.
     heads = sorted(name for name, kind in kinds.items() if kind and (kind["index"] or "-of-" not in name))
@@ -83,7 +83,7 @@ def finish_saving(folder: str | os.PathLike) -> bool:
     sync_folder(folder)
     with suppress(OSError):  # another process may be at it too: only an empty folder goes
         saved.rmdir()
-    return True
+    return sorted(kinds)
 
 
 def remove_superseded(folder: Path, head: Path):

@@ -63,7 +63,8 @@ def check_resumable(checkpoint: Path):
         ) from error
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{str(state)!r} is damaged: {error}") from error
-    weight_files(checkpoint)
+    if not weight_files(checkpoint) and not any(checkpoint.glob("*model*")):  # of adapters and FSDP, by other names
+        raise CheckpointError(f"{str(checkpoint)!r} has no weights")
     if not any(path.name.startswith(("optimizer", "global_step")) for path in checkpoint.iterdir()):
         raise CheckpointError(
             f"{str(checkpoint)!r} has no optimizer state, so it cannot be resumed; to start a new run from its weights "
