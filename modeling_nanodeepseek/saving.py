@@ -6,8 +6,8 @@
 The files are forced to disk and the stage is renamed to `.saved`: from that instant the new version counts. Then its
 files move over the old ones, what names the weights last. Whoever ends before that instant leaves the old version
 untouched (and a `.saving` that the next save removes); whoever ends after it leaves a `.saved` that `finish_saving`
-moves on: the next save and `from_pretrained` call it. The stage lies inside the folder, because only there is it sure to
-be on the same file system, where a move is a rename.
+moves on: the next save and `from_pretrained` call it. The stage lies inside the folder, because only there is it sure
+to be on the same file system, where a move is a rename.
 """
 
 import json
