@@ -8,8 +8,10 @@ that loads weights (`load_state_dict`, a Trainer that resumes) by a hook on the 
 
 import json
 import os
+import weakref
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -45,18 +47,17 @@ def expert_keys(module: nn.Module, prefix: str) -> dict[str, list[list[str]]]:
     }
 
 
-def expert_problems(module: nn.Module, prefix: str, shapes: Shapes) -> list[str]:
-    """What is wrong with the per-expert keys under `prefix`; nothing for a parameter that has none of them."""
+def misfits(module: nn.Module, prefix: str, shapes: Shapes) -> list[str]:
+    """Per-expert keys under `prefix` of a wrong shape, or of experts that the module does not have."""
     problems = []
     for parameter, experts in expert_keys(module, prefix).items():
         _, rows, columns = getattr(module, parameter).shape
         expected = (rows // len(experts[0]), columns)
-        names = [name for expert in experts for name in expert]
-        present = [name for name in names if name in shapes]
-        if present:
-            problems += [f"{name} is missing" for name in names if name not in shapes]
         problems += [
-            f"{name} is {list(shapes[name])}, not {list(expected)}" for name in present if shapes[name] != expected
+            f"{name} is {list(shapes[name])}, not {list(expected)}"
+            for expert in experts
+            for name in expert
+            if shapes.get(name, expected) != expected
         ]
     numbers = {name.removeprefix(prefix).split(".")[0] for name in shapes if name.startswith(prefix)}
     extra = sorted(int(number) for number in numbers if number.isdigit() and int(number) >= module.num_experts)
@@ -65,21 +66,70 @@ def expert_problems(module: nn.Module, prefix: str, shapes: Shapes) -> list[str]
     return problems
 
 
+def absentees(module: nn.Module, prefix: str, present: Iterable[str]) -> list[str]:
+    """Per-expert keys that are not `present` although others of the same parameter are."""
+    present, absent = set(present), []
+    for experts in expert_keys(module, prefix).values():
+        names = [name for expert in experts for name in expert]
+        missing = [name for name in names if name not in present]
+        absent += missing if len(missing) < len(names) else []
+    return absent
+
+
+# Experts modules that were given a part of their experts: keys they have, keys they lack, the hook that stops them.
+_partial: "weakref.WeakKeyDictionary[nn.Module, tuple[set[str], list[str], Any]]" = weakref.WeakKeyDictionary()
+
+
+def awaited_experts(model: nn.Module) -> list[str]:
+    """Keys of experts that no `load_state_dict` has brought yet, in layers of which it has brought others."""
+    return [name for module in model.modules() if module in _partial for name in _partial[module][1]]
+
+
+def refuse_to_run(module: nn.Module, args):
+    """A forward pre-hook of experts that were loaded in part."""
+    absent = _partial[module][1] if module in _partial else []
+    if absent:
+        raise CheckpointError(
+            f"the checkpoint that was loaded lacks experts: {listed(f'{n} is missing' for n in absent)}"
+        )
+
+
 def stack_expert_keys(
     module: nn.Module, state_dict: dict, prefix: str, metadata, strict, missing, unexpected, errors: list[str]
 ):
     """A load_state_dict pre-hook: replaces per-expert keys under `prefix` by the stacked parameters of `module`.
 
-    A stacked key that is already there is left alone. If a parameter's experts are all absent, load_state_dict
-    reports it as missing; if some are, or do not fit, that is an error even where missing keys are allowed.
+    A stacked key that is already there is left alone. If all experts of a parameter are absent, load_state_dict
+    reports it as missing; if some are, these. With strict=False, as Trainer resumes, that is no error yet, since the
+    next shard may bring them; until it does the module refuses to run.
     """
-    mine = {name: tuple(tensor.shape) for name, tensor in state_dict.items() if name.startswith(prefix)}
-    problems = expert_problems(module, prefix, mine)
+    shapes = {name: tuple(tensor.shape) for name, tensor in state_dict.items() if name.startswith(prefix)}
+    if not shapes:
+        return
+    earlier, _, hook = _partial.pop(module, (set(), [], None))
+    if hook is not None:
+        hook.remove()
+    present = earlier | shapes.keys()
+    absent = absentees(module, prefix, present)
+    missing += absent  # torch tells hooks that it is strict, always
+    problems = misfits(module, prefix, shapes)
     errors += problems
-    for parameter, names in expert_keys(module, prefix).items() if not problems else ():
-        if names[0][0] in state_dict:
-            stacked = torch.stack([torch.cat([state_dict.pop(name) for name in expert]) for expert in names])
+    if problems:
+        return
+    for parameter, experts in expert_keys(module, prefix).items():
+        given = [name in shapes for expert in experts for name in expert]
+        if all(given):
+            stacked = torch.stack([torch.cat([state_dict.pop(name) for name in expert]) for expert in experts])
             state_dict[prefix + parameter] = stacked
+        elif any(given):
+            stacked = getattr(module, parameter).detach().clone()
+            for expert, matrix in zip(experts, stacked):
+                for name, piece in zip(expert, matrix.chunk(len(expert))):
+                    if name in shapes:
+                        piece.copy_(state_dict.pop(name))
+            state_dict[prefix + parameter] = stacked
+    if absent:
+        _partial[module] = present, absent, module.register_forward_pre_hook(refuse_to_run)
 
 
 def tensor_shapes(file: str | os.PathLike) -> Shapes:
@@ -241,7 +291,9 @@ def loading_problems(model: PreTrainedModel, info, files: list[str]) -> list[str
         for owner in experts:
             prefixes = (f"{owner}.", f"{owner}.".removeprefix(f"{model.base_model_prefix}."))
             prefix = next((p for p in prefixes if any(name.startswith(p) for name in shapes)), prefixes[0])
-            found = expert_problems(model.get_submodule(owner), prefix, shapes)
+            module = model.get_submodule(owner)
+            found = misfits(module, prefix, shapes)
+            found += [f"{name} is missing" for name in absentees(module, prefix, shapes)]
             if found:
                 problems = {name: text for name, text in problems.items() if name.rpartition(".")[0] != owner}
                 problems[owner] = listed(found)

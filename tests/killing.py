@@ -1,4 +1,4 @@
-"""Work that is killed: in a forked process, by SIGKILL, at the n-th change it makes to the file system."""
+"""Work that is killed: in a forked process, by SIGKILL, at a change it makes to the file system."""
 
 import os
 import signal
@@ -8,42 +8,47 @@ from collections.abc import Callable
 CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate"}
 
 
-def is_change(event: str, arguments: tuple) -> bool:
-    if event != "open":
-        return event in CHANGES
-    mode, flags = arguments[1], arguments[2]
-    return bool(mode and set(mode) & set("wax+")) or bool(isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR))
+def change(event: str, arguments: tuple) -> str | None:
+    """A change of the file system in words, `os.rename a b`; None for events that are none."""
+    if event == "open":
+        mode, flags = arguments[1], arguments[2]
+        writes = mode and set(mode) & set("wax+")
+        if not writes and not (isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR)):
+            return None
+    elif event not in CHANGES:
+        return None
+    return " ".join((event, *(str(part) for part in arguments if isinstance(part, (str, os.PathLike)))))
 
 
-def changes(work: Callable[[], object], folder, kill_at: int | None = None) -> int | None:
-    """How many changes below `folder` a forked process makes that runs `work`; None if it was killed at the n-th.
+def killed(work: Callable[[], object], when: Callable[[str], bool]) -> bool:
+    """Runs `work` in a forked process that is killed before the first change that `when` is true of; whether it was.
 
-    The n-th change (from 0) is not made any more. Raises AssertionError if `work` fails.
+    Raises AssertionError if the work fails by itself.
     """
-    read, write = os.pipe()
     child = os.fork()
     if child == 0:
-        made = 0
 
         def hook(event: str, arguments: tuple):
-            nonlocal made
-            if is_change(event, arguments) and any(str(folder) in str(part) for part in arguments):
-                if made == kill_at:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                made += 1
+            words = change(event, arguments)
+            if words is not None and when(words):
+                os.kill(os.getpid(), signal.SIGKILL)
 
         sys.addaudithook(hook)
+        status = 1
         try:
             work()
-            os.write(write, str(made).encode())
+            status = 0
         finally:
-            os._exit(0)
-    os.close(write)
-    with os.fdopen(read) as answer:
-        counted = answer.read()
+            os._exit(status)
     _, status = os.waitpid(child, 0)
     if os.WIFSIGNALED(status):
-        assert os.WTERMSIG(status) == signal.SIGKILL and kill_at is not None
-        return None
-    assert counted, "the work failed"
-    return int(counted)
+        assert os.WTERMSIG(status) == signal.SIGKILL
+        return True
+    assert os.WEXITSTATUS(status) == 0, "the work failed"
+    return False
+
+
+def at_change(number: int, folder) -> Callable[[str], bool]:
+    """For `killed`: true of the n-th change below `folder`, counted from 0."""
+    seen = iter(range(10**9))
+    return lambda words: str(folder) in words and next(seen) == number

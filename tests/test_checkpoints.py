@@ -16,6 +16,7 @@ from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig
 
 from modeling_nanodeepseek import NanoDeepSeekForCausalLM
 from modeling_nanodeepseek.balancing import routers
+from modeling_nanodeepseek.checkpoints import awaited_experts
 from tests.conftest import assert_close, tiny_config, tiny_model, tokens
 
 
@@ -71,13 +72,34 @@ def test_a_missing_expert_is_reported(tmp_path):
     tiny_model().save_pretrained(tmp_path)
     weights = official_state_dict(tmp_path)
     del weights["model.layers.1.mlp.experts.5.up_proj.weight"]
-    for strict in (True, False):  # a resuming Trainer asks for False
-        with pytest.raises(RuntimeError, match=r"model.layers.1.mlp.experts.5.up_proj.weight is missing"):
-            tiny_model().load_state_dict(weights, strict=strict)
+    absent = "model.layers.1.mlp.experts.5.up_proj.weight"
+    with pytest.raises(RuntimeError, match=f"Missing key.*{absent}"):
+        tiny_model().load_state_dict(weights)
     for name in [name for name in weights if ".layers.1.mlp.experts." in name]:
         del weights[name]
     with pytest.raises(RuntimeError, match="Missing key.*model.layers.1.mlp.experts.gate_up_proj"):
         tiny_model().load_state_dict(weights)
+
+
+def test_experts_may_come_in_shards_but_all_must_come(tmp_path):
+    """transformers loads shards one by one with strict=False; what is missing in the end would be fresh weights."""
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    items = list(official_state_dict(tmp_path).items())
+    items = items[0::3] + items[1::3] + items[2::3]  # no layer is whole in a shard
+    fresh = tiny_model(seed=7)
+    shards = [dict(items[start : start + 30]) for start in range(0, len(items), 30)]
+    for shard in shards[:-1]:
+        fresh.load_state_dict(shard, strict=False)
+    lacking = awaited_experts(fresh)
+    assert lacking and set(lacking) == {name for name in shards[-1] if ".experts." in name}
+    with pytest.raises(RuntimeError, match=f"lacks experts: {lacking[0]} is missing"):
+        fresh(tokens())
+    fresh.load_state_dict(shards[-1], strict=False)
+    assert not awaited_experts(fresh)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, fresh.state_dict()[name]), name
+    assert torch.equal(fresh(tokens()).logits, model(tokens()).logits)
 
 
 def test_experts_that_do_not_fit_are_reported(tmp_path):

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 from transformers.trainer_callback import TrainerState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
-from modeling_nanodeepseek.checkpoints import CheckpointError, listed, weight_files
+from modeling_nanodeepseek.checkpoints import CheckpointError, awaited_experts, expert_keys, listed, weight_files
 from modeling_nanodeepseek.saving import SaveError, is_writing_error, reason, replacing, sync, sync_folder
 
 STATE = "trainer_state.json"
@@ -45,6 +45,22 @@ def checkpoints(run: Path) -> list[Path]:
     numbered = [(path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-"), path) for path in run.glob("checkpoint-*")]
     numbered = [(int(number), path) for number, path in numbered if number.isdecimal() and path.is_dir()]
     return [path for _, path in sorted(numbered, reverse=True)]
+
+
+def rotate(run: Path, limit: int | None, protected: set[str]):
+    """Deletes the oldest checkpoints beyond `limit`, but none of those names.
+
+    By the age of their states, since a fresh run into an old folder counts from 0 again. Each disappears by a rename
+    first: half deleted, it would look like a checkpoint.
+    """
+    if not limit or limit < 0:
+        return
+    found = sorted(checkpoints(run), key=lambda path: (path / STATE).stat().st_mtime if (path / STATE).exists() else 0)
+    surplus = len(found) - max(limit, len(protected))
+    for old in [path for path in found if path.name not in protected][: max(0, surplus)]:
+        (run / STAGE).mkdir(exist_ok=True)
+        old.rename(run / STAGE / "deleted")
+        shutil.rmtree(run / STAGE, ignore_errors=True)
 
 
 def check_resumable(checkpoint: Path):
@@ -138,8 +154,8 @@ class AtomicCheckpoints:
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(final))
         if self.args.should_save:
-            best, limit = self.state.best_model_checkpoint, self.args.save_total_limit
-            rotate_checkpoints(str(run), limit, best_model_checkpoint=best, use_mtime=True)
+            best = self.state.best_model_checkpoint
+            rotate(run, self.args.save_total_limit, {name} | ({Path(best).name} if best else set()))
 
     def _push_from_checkpoint(self, checkpoint_folder: str):
         if not self._staging:  # an upload goes on in the background: not from a folder about to be renamed
@@ -170,15 +186,23 @@ class AtomicCheckpoints:
             if self.is_world_process_zero():
                 for problem in refused:
                     print(f"passed over: {problem}")
-                print(
-                    f"resuming from {resume_from_checkpoint}"
-                    if resume_from_checkpoint
-                    else "nothing to resume: a new run"
-                )
+                print(f"resuming from {resume_from_checkpoint or 'the start: there is no checkpoint'}")
         elif resume_from_checkpoint:
             check_resumable(Path(resume_from_checkpoint))
-        resume = str(resume_from_checkpoint) if resume_from_checkpoint else None
-        return super().train(resume, *args, **kwargs)
+        if not resume_from_checkpoint:
+            return super().train(None, *args, **kwargs)
+        state = TrainerState.load_from_json(str(Path(resume_from_checkpoint, STATE)))
+        if 0 < self.args.max_steps <= state.global_step and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            return self._restore(str(resume_from_checkpoint), state)
+        return super().train(str(resume_from_checkpoint), *args, **kwargs)
+
+    def _restore(self, checkpoint: str, state: TrainerState) -> TrainOutput:
+        """A run that was over needs its weights alone; transformers would train one step more."""
+        self._load_from_checkpoint(checkpoint)
+        self.state = state
+        if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            self._load_best_model()
+        return TrainOutput(state.global_step, 0.0, {})
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None):
         with must_fit(resume_from_checkpoint):
@@ -189,13 +213,37 @@ class AtomicCheckpoints:
             super()._load_best_model()
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None):
+        # torch takes these settings from the checkpoint without a word: new ones would not be in force.
+        wanted = [dict(group) for group in self.optimizer.param_groups]
         with must_fit(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
+            for new, old in zip(wanted, self.optimizer.param_groups):
+                for key in (new.keys() & old.keys()) - {"params", "lr"}:  # the schedule moves lr; initial_lr stays
+                    if new[key] != old[key]:
+                        group = f" of group {old['name']!r}" if "name" in old else ""
+                        raise ValueError(
+                            f"it was trained with {key}={old[key]!r}{group}, not {new[key]!r}. A resume keeps the "
+                            "optimizer; to change it, start a new run from the weights (model.checkpoint)"
+                        )
+
+    def _load_rng_state(self, checkpoint: str | None):
+        with must_fit(checkpoint):
+            super()._load_rng_state(checkpoint)
 
     def _issue_warnings_after_load(self, load_result):
-        tied = set(getattr(self.model, "all_tied_weights_keys", ()))
-        problems = [f"{name} is missing" for name in load_result.missing_keys if name not in tied]
-        problems += [f"{name} has no place in the model" for name in load_result.unexpected_keys]
+        missing, unexpected = set(load_result.missing_keys), set(load_result.unexpected_keys)
+        missing -= set(getattr(self.model, "all_tied_weights_keys", ()))
+        for owner, module in self.model.named_modules():
+            # Of shards, transformers compares the names on disk, which are per expert, with those in memory.
+            for parameter, experts in (
+                expert_keys(module, f"{owner}.").items() if hasattr(module, "stacked_names") else ()
+            ):
+                on_disk = unexpected.intersection(name for expert in experts for name in expert)
+                unexpected -= on_disk
+                missing -= {f"{owner}.{parameter}"} if on_disk else set()
+        missing = missing.union(awaited_experts(self.model))
+        problems = [f"{name} is missing" for name in sorted(missing)]
+        problems += [f"{name} has no place in the model" for name in sorted(unexpected)]
         if problems:
             raise RuntimeError(listed(problems))
 
