@@ -42,6 +42,9 @@ def replacing(folder: str | os.PathLike) -> Iterator[Path]:
     Raises: SaveError, an OSError, if the files cannot be written; other errors of the body as they are.
     """
     folder = Path(folder)
+    if STAGE in folder.parts:  # a part of what another save replaces as a whole
+        yield folder
+        return
     is_new = not folder.exists()
     stage = folder / STAGE
     try:

@@ -74,7 +74,7 @@ def test_finishing_may_be_killed_too(tmp_path):
     while killed(lambda: finish_saving(folder), at_change(1, folder)):
         kills += 1  # each time it goes on where it was
         assert kills < 100
-    assert kills > 8
+    assert kills > 5
     assert equal(NanoDeepSeekForCausalLM.from_pretrained(folder), new)
     assert not {"model.safetensors", COMMITTED} & set(os.listdir(folder))
 

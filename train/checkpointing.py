@@ -164,7 +164,8 @@ class AtomicCheckpoints:
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
         """As in Trainer; model, tokenizer and arguments appear in the folder together."""
         folder = output_dir or self.args.output_dir
-        if not self.args.should_save or self.is_deepspeed_enabled:  # DeepSpeed's ranks all write
+        # A checkpoint is a stage already; with DeepSpeed all ranks write.
+        if self._staging or not self.args.should_save or self.is_deepspeed_enabled:
             super().save_model(folder, _internal_call=True)
         else:
             with replacing(folder) as stage:
