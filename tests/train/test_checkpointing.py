@@ -310,6 +310,15 @@ def test_a_resume_that_cannot_be_is_one_clear_error(case, whole, recipe, tmp_pat
     assert not (tmp_path / "evil").exists() and not (tmp_path / "run" / "model.safetensors").exists()
 
 
+def test_weights_to_start_from_that_are_damaged(whole, recipe, tmp_path):
+    shutil.copytree(whole, tmp_path / "damaged")
+    cut("model.safetensors")(tmp_path / "damaged")
+    given = recipe()
+    given.model.config, given.model.overrides, given.model.checkpoint = None, {}, str(tmp_path / "damaged")
+    with pytest.raises(SystemExit, match="error: .*damaged/model.safetensors' is no complete safetensors file"):
+        pretrain.main(command(given, tmp_path))
+
+
 def test_true_without_a_checkpoint_starts_anew_and_says_so(recipe, capsys, tmp_path):
     trainer = pretrain.build_trainer(recipe(max_steps=2), pretrain.training_arguments(recipe(max_steps=2)))
     trainer.train(resume_from_checkpoint=True)
