@@ -1,4 +1,4 @@
-"""DeepSeek's layout of a checkpoint on disk, and ours in memory.
+"""DeepSeek's layout of a checkpoint on disk, and ours in memory; what is checked before and after reading one.
 
 On disk every expert has its own 2-D tensors (`mlp.experts.{e}.gate_proj.weight` [m, d], `up_proj`, `down_proj`); in
 memory all experts of a layer are stacked in 3-D (`mlp.experts.gate_up_proj` [E, 2m, d], `down_proj` [E, d, m]).
@@ -6,11 +6,27 @@ memory all experts of a layer are stacked in 3-D (`mlp.experts.gate_up_proj` [E,
 that loads weights (`load_state_dict`, a Trainer that resumes) by a hook on the experts module.
 """
 
+import json
+import os
+import weakref
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
 from .configuration_nanodeepseek import NanoDeepSeekConfig
+from .saving import finish_saving, replacing
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+class CheckpointError(OSError, RuntimeError):
+    """A checkpoint that is damaged, incomplete, or of another model. (transformers raises either parent for these.)"""
 
 
 def register_conversions():
@@ -23,14 +39,262 @@ def register_conversions():
     register_checkpoint_conversion_mapping(NanoDeepSeekConfig.model_type, mapping, overwrite=True)
 
 
-def stack_expert_keys(module: nn.Module, state_dict: dict, prefix: str, *args):
+def expert_keys(module: nn.Module, prefix: str) -> dict[str, list[list[str]]]:
+    """Each stacked parameter of an experts module -> per expert, the keys on disk that it is made of."""
+    return {
+        parameter: [[f"{prefix}{e}.{part}.weight" for part in parts] for e in range(module.num_experts)]
+        for parameter, parts in module.stacked_names.items()
+    }
+
+
+def misfits(module: nn.Module, prefix: str, shapes: Shapes) -> list[str]:
+    """Per-expert keys under `prefix` of a wrong shape, or of experts that the module does not have."""
+    problems = []
+    for parameter, experts in expert_keys(module, prefix).items():
+        _, rows, columns = getattr(module, parameter).shape
+        expected = (rows // len(experts[0]), columns)
+        problems += [
+            f"{name} is {list(shapes[name])}, not {list(expected)}"
+            for expert in experts
+            for name in expert
+            if shapes.get(name, expected) != expected
+        ]
+    numbers = {name.removeprefix(prefix).split(".")[0] for name in shapes if name.startswith(prefix)}
+    extra = sorted(int(number) for number in numbers if number.isdigit() and int(number) >= module.num_experts)
+    if extra:
+        problems.append(f"{prefix}{extra[0]} is there, and the model has {module.num_experts} experts")
+    return problems
+
+
+def absentees(module: nn.Module, prefix: str, present: Iterable[str]) -> list[str]:
+    """Per-expert keys that are not `present` although others of the same parameter are."""
+    present, absent = set(present), []
+    for experts in expert_keys(module, prefix).values():
+        names = [name for expert in experts for name in expert]
+        missing = [name for name in names if name not in present]
+        absent += missing if len(missing) < len(names) else []
+    return absent
+
+
+# Experts modules that were given a part of their experts: keys they have, keys they lack, the hook that stops them.
+_partial: "weakref.WeakKeyDictionary[nn.Module, tuple[set[str], list[str], Any]]" = weakref.WeakKeyDictionary()
+
+
+def awaited_experts(model: nn.Module) -> list[str]:
+    """Keys of experts that no `load_state_dict` has brought yet, in layers of which it has brought others."""
+    return [name for module in model.modules() if module in _partial for name in _partial[module][1]]
+
+
+def refuse_to_run(module: nn.Module, args):
+    """A forward pre-hook of experts that were loaded in part."""
+    absent = _partial[module][1] if module in _partial else []
+    if absent:
+        raise CheckpointError(
+            f"the checkpoint that was loaded lacks experts: {listed(f'{n} is missing' for n in absent)}"
+        )
+
+
+def stack_expert_keys(
+    module: nn.Module, state_dict: dict, prefix: str, metadata, strict, missing, unexpected, errors: list[str]
+):
     """A load_state_dict pre-hook: replaces per-expert keys under `prefix` by the stacked parameters of `module`.
 
-    A stacked key that is already there is left alone. Experts missing from the checkpoint are left to
-    load_state_dict, which reports them.
+    A stacked key that is already there is left alone. If all experts of a parameter are absent, load_state_dict
+    reports it as missing; if some are, these. With strict=False, as Trainer resumes, that is no error yet, since the
+    next shard may bring them; until it does the module refuses to run.
     """
-    for parameter, parts in module.stacked_names.items():
-        names = [[f"{prefix}{e}.{part}.weight" for part in parts] for e in range(module.num_experts)]
-        if all(name in state_dict for expert in names for name in expert):
-            stacked = torch.stack([torch.cat([state_dict.pop(name) for name in expert]) for expert in names])
+    shapes = {name: tuple(tensor.shape) for name, tensor in state_dict.items() if name.startswith(prefix)}
+    if not shapes:
+        return
+    earlier, _, hook = _partial.pop(module, (set(), [], None))
+    if hook is not None:
+        hook.remove()
+    present = earlier | shapes.keys()
+    absent = absentees(module, prefix, present)
+    missing += absent  # torch tells hooks that it is strict, always
+    problems = misfits(module, prefix, shapes)
+    errors += problems
+    if problems:
+        return
+    for parameter, experts in expert_keys(module, prefix).items():
+        given = [name in shapes for expert in experts for name in expert]
+        if all(given):
+            stacked = torch.stack([torch.cat([state_dict.pop(name) for name in expert]) for expert in experts])
             state_dict[prefix + parameter] = stacked
+        elif any(given):
+            stacked = getattr(module, parameter).detach().clone()
+            for expert, matrix in zip(experts, stacked):
+                for name, piece in zip(expert, matrix.chunk(len(expert))):
+                    if name in shapes:
+                        piece.copy_(state_dict.pop(name))
+            state_dict[prefix + parameter] = stacked
+    if absent:
+        _partial[module] = present, absent, module.register_forward_pre_hook(refuse_to_run)
+
+
+def tensor_shapes(file: str | os.PathLike) -> Shapes:
+    """Names and shapes of a safetensors file, from its header; no tensor is read.
+
+    Raises: CheckpointError if the header cannot be read, or the file is shorter or longer than it says.
+    """
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{str(file)!r} is no complete safetensors file ({error}). It was cut short, damaged, or is something "
+            "else; restore it or load another checkpoint."
+        ) from error
+
+
+def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
+    """The safetensors files that `from_pretrained` would read in a local folder, checked; none if it has none.
+
+    Raises: CheckpointError for a damaged file, an index that cannot be read, names absent files or tensors or files
+        elsewhere, or pickled weights without safetensors.
+    """
+    dot = f".{variant}" if variant else ""
+    single, index = folder / f"model{dot}.safetensors", folder / f"model.safetensors.index{dot}.json"
+    if single.is_file():
+        tensor_shapes(single)
+        return [single]
+    if index.is_file():
+        return _indexed_files(index)
+    pickles = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
+    if pickles:
+        raise CheckpointError(
+            f"{str(folder)!r} holds pickled weights ({pickles[0]}), which can run any code when read. Only safetensors "
+            "are read; have the weights saved as such by somebody who trusts them."
+        )
+    return []
+
+
+def _indexed_files(index: Path) -> list[Path]:
+    try:
+        weight_map = json.loads(index.read_text("utf-8"))["weight_map"]
+        names_by_file: dict[str, set[str]] = {}
+        for tensor, file in weight_map.items():
+            names_by_file.setdefault(os.fspath(file), set()).add(tensor)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{str(index)!r} is no index of weights: it must be a JSON object with a 'weight_map' from tensors to files"
+        ) from error
+    files = [index.parent / name for name in sorted(names_by_file)]
+    for file in files:
+        if file.name not in names_by_file:
+            raise CheckpointError(f"{str(index)!r} names a file outside its folder: {str(file)!r}")
+        if not file.is_file():
+            raise CheckpointError(
+                f"{str(file)!r} is missing, and {index.name} says it holds {len(names_by_file[file.name])} tensors. "
+                "Restore it or load another checkpoint."
+            )
+        absent = sorted(names_by_file[file.name] - tensor_shapes(file).keys())
+        if absent:
+            raise CheckpointError(f"{str(file)!r} lacks {listed(absent)}, which {index.name} says it holds")
+    return files
+
+
+def check_config(folder: Path):
+    """Raises CheckpointError unless `folder` has the config of a model that these classes can be."""
+    file = folder / "config.json"
+    if not file.is_file():
+        raise CheckpointError(f"{str(folder)!r} has no config.json: it is no checkpoint, or an incomplete one")
+    try:
+        config = json.loads(file.read_text("utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{str(file)!r} is not valid JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{str(file)!r} must hold a JSON object, and holds a {type(config).__name__}")
+    kind = config.get("model_type")
+    # Every DeepSeek-V2, V3 or relative of theirs (Kimi K2, ...) has a latent of that rank.
+    if kind != NanoDeepSeekConfig.model_type and "kv_lora_rank" not in config:
+        raise CheckpointError(
+            f"{str(folder)!r} holds a model of type {kind!r}; these classes read 'nanodeepseek' and DeepSeek's V2 and "
+            "V3. transformers' AutoModelForCausalLM reads the others."
+        )
+
+
+def listed(names: Iterable[str], most: int = 3) -> str:
+    names = list(names)
+    return "; ".join(names[:most]) + (f"; and {len(names) - most} more" if len(names) > most else "")
+
+
+class CheckpointMixin:
+    """`from_pretrained` that refuses what it cannot read whole, `save_pretrained` that replaces the old version whole.
+
+    Goes in front of PreTrainedModel.
+    """
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, use_safetensors=None, **kwargs):
+        """As in transformers, from safetensors only.
+
+        Raises: CheckpointError, before anything is built, for a local folder that is damaged, incomplete or of another
+            kind of model; after reading, for weights that do not fit the config or lack a tensor. A checkpoint of the
+            base model may lack the head. `ignore_mismatched_sizes=True` initialises what is missing or does not fit.
+        """
+        if use_safetensors is False:
+            raise ValueError("use_safetensors=False is not possible: weights are read from safetensors only")
+        from_files = pretrained_model_name_or_path is not None and kwargs.get("gguf_file") is None
+        if from_files and kwargs.get("state_dict") is None:
+            use_safetensors = True
+            folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
+            if folder.is_dir() and not (folder / "adapter_config.json").is_file():
+                if "config.json" in finish_saving(folder) and config is not None:  # what was read is the old one
+                    raise CheckpointError(f"an interrupted save into {str(folder)!r} was just finished; load it again")
+                if config is None:
+                    check_config(folder)
+                weight_files(folder, kwargs.get("variant"))
+        return super().from_pretrained(
+            pretrained_model_name_or_path, *args, config=config, use_safetensors=use_safetensors, **kwargs
+        )
+
+    @staticmethod
+    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
+        # transformers logs a table and goes on, with fresh weights for those missing; here is the place to know better.
+        loaded = PreTrainedModel._load_pretrained_model(
+            model, state_dict, checkpoint_files, load_config, *args, **kwargs
+        )
+        if state_dict is None and not load_config.is_quantized and not load_config.ignore_mismatched_sizes:
+            problems = loading_problems(model, loaded[0], checkpoint_files)
+            if problems:
+                raise CheckpointError(
+                    f"the weights in {str(load_config.pretrained_model_name_or_path)!r} are not those of its config: "
+                    f"{listed(problems)}. The checkpoint is incomplete or its config.json was changed "
+                    "(ignore_mismatched_sizes=True initialises such weights anew)."
+                )
+        return loaded
+
+    def save_pretrained(self, save_directory, is_main_process: bool = True, *args, **kwargs):
+        """As in transformers, all or nothing: killed or out of disk, the old version is still there (`saving.py`)."""
+        if not self.should_save_on_this_rank(is_main_process) or kwargs.get("distributed_checkpoint"):
+            return super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+        if kwargs.get("push_to_hub"):
+            kwargs.setdefault("repo_id", Path(save_directory).name)
+        with replacing(save_directory) as stage:
+            super().save_pretrained(stage, is_main_process, *args, **kwargs)
+
+
+def loading_problems(model: PreTrainedModel, info, files: list[str]) -> list[str]:
+    """What transformers found missing, misshapen or not convertible, by the names on disk."""
+    missing = set(info.missing_keys) - set(model.all_tied_weights_keys)
+    if type(model).__name__ not in (model.config.architectures or []) and hasattr(model, model.base_model_prefix):
+        missing = {name for name in missing if name.startswith(f"{model.base_model_prefix}.")}
+    problems = {name: f"{name} is missing" for name in missing}
+    for name, found, expected in info.mismatched_keys:
+        problems[name] = f"{name} is {list(found)}, not {list(expected)}"
+    problems |= {name: f"{name} cannot be put together" for name in info.conversion_errors}
+    owners = {name.rpartition(".")[0] for name in problems}
+    experts = {owner for owner in owners if hasattr(model.get_submodule(owner), "stacked_names")}
+    if experts:  # stacked in memory: the names on disk say more
+        shapes = {name: shape for file in files for name, shape in tensor_shapes(file).items()}
+        for owner in experts:
+            prefixes = (f"{owner}.", f"{owner}.".removeprefix(f"{model.base_model_prefix}."))
+            prefix = next((p for p in prefixes if any(name.startswith(p) for name in shapes)), prefixes[0])
+            module = model.get_submodule(owner)
+            found = misfits(module, prefix, shapes)
+            found += [f"{name} is missing" for name in absentees(module, prefix, shapes)]
+            if found:
+                problems = {name: text for name, text in problems.items() if name.rpartition(".")[0] != owner}
+                problems[owner] = listed(found)
+    return [problems[name] for name in sorted(problems)]

@@ -26,7 +26,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention import ATTENTION_TYPES, GroupedQueryAttention, MultiHeadLatentAttention
 from .cache import Fp8LatentCache, LatentCache, check_offloading
-from .checkpoints import register_conversions
+from .checkpoints import CheckpointMixin, register_conversions
 from .checks import check_inputs
 from .configuration_nanodeepseek import NanoDeepSeekConfig
 from .experts import DEFAULT_EXPERTS, GatedExperts, PlainExperts
@@ -96,7 +96,7 @@ class NanoDeepSeekDecoderLayer(GradientCheckpointingLayer):
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
 
-class NanoDeepSeekPreTrainedModel(PreTrainedModel):
+class NanoDeepSeekPreTrainedModel(CheckpointMixin, PreTrainedModel):
     """What transformers needs to know to load, save, shard, checkpoint and observe the model."""
 
     config: NanoDeepSeekConfig
@@ -121,7 +121,7 @@ class NanoDeepSeekPreTrainedModel(PreTrainedModel):
     }
 
     # transformers and its tests find these two out by searching this file's text for
-    # `ALL_ATTENTION_FUNCTIONS.get_interface(` and `@use_experts_implementation`; ours are in attention.py and moe.py.
+    # `ALL_ATTENTION_FUNCTIONS.get_interface(` and `@use_experts_implementation`: see attention.py and experts.py.
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
         return True

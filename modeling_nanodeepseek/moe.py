@@ -54,7 +54,8 @@ class TopkRouter(Fp32Buffers):
         self.config = config
         self.weight = nn.Parameter(torch.zeros(config.n_routed_experts, config.hidden_size))
         biased = config.topk_method == "noaux_tc"
-        self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts) if biased else None)
+        bias_E = torch.zeros(config.n_routed_experts, dtype=torch.float32) if biased else None  # in a bf16 model too
+        self.register_buffer("e_score_correction_bias", bias_E)
         self.score = SCORING_FUNCS[config.scoring_func]
         limited = config.topk_group < config.n_group
         self.group_score = GROUP_SCORES[config.topk_method] if limited else None

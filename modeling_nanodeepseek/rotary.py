@@ -27,11 +27,23 @@ class RotaryEmbedding(Fp32Buffers):
         super().__init__()
         self.config = config
         self.rope_type = config.rope_parameters["rope_type"]
-        inverse = self.compute_default_rope_parameters if self.rope_type == "default" else None
-        inv_freq, self.attention_scaling = (inverse or ROPE_INIT_FUNCTIONS[self.rope_type])(config)
+        inv_freq, self.attention_scaling = self._frequencies()
         # Two names, not persistent: transformers refills exactly these after building a model on the meta device.
         self.register_buffer("inv_freq", inv_freq, persistent=False)
         self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
+
+    def _frequencies(self) -> tuple[torch.Tensor, float]:
+        default = self.rope_type == "default"
+        compute = self.compute_default_rope_parameters if default else ROPE_INIT_FUNCTIONS[self.rope_type]
+        return compute(self.config)
+
+    def _apply(self, fn, recurse=True):
+        on_meta = self.inv_freq.is_meta
+        super()._apply(fn, recurse)
+        if on_meta and not self.inv_freq.is_meta:  # to_empty() fills nothing, and no checkpoint holds them
+            for buffer in (self.inv_freq, self.original_inv_freq):
+                buffer.copy_(self._frequencies()[0])
+        return self
 
     @staticmethod
     def compute_default_rope_parameters(config: NanoDeepSeekConfig, **kwargs) -> tuple[torch.Tensor, float]:

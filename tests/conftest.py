@@ -1,6 +1,7 @@
 """Shared by all tests: small configs that switch everything on, poisoned memory, and a comparison by relative RMS."""
 
 import os
+import subprocess
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
@@ -111,3 +112,15 @@ def poisoned_memory(monkeypatch):
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 4 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("a file system of its own can be mounted by root only")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)

@@ -15,8 +15,10 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoTokenizer, TrainingArguments, pipeline, set_seed
 
 from modeling_nanodeepseek import NanoDeepSeekForCausalLM
+from modeling_nanodeepseek.saving import replacing
 
 from .accounting import count_parameters
+from .checkpointing import STATE
 from .data import collate, hold_out, load_documents, pack
 from .hardware import keep_memory, multiplies_bf16, use_threads
 from .models import build_model
@@ -144,7 +146,6 @@ def run(recipe: Recipe) -> dict[str, float]:
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     metrics = trainer.evaluate()
     trainer.save_model()
-    trainer.save_state()
     metrics["seconds"] = round(time.perf_counter() - begin, 1)
     if trainer.is_world_process_zero():
         finish(recipe, trainer, metrics)
@@ -153,11 +154,13 @@ def run(recipe: Recipe) -> dict[str, float]:
 
 
 def finish(recipe: Recipe, trainer: NanoDeepSeekTrainer, metrics: dict[str, float]):
-    """Writes the metrics and the picture, and lets the saved model speak."""
+    """Writes the history, the metrics and the picture, and lets the saved model speak."""
     output = Path(recipe.output_dir)
-    (output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-    picture = plot_losses(trainer.state.log_history, output / "loss.png", title=output.name)
-    print(f"saved: {output} (losses: {picture})")
+    with replacing(output) as stage:
+        trainer.state.save_to_json(str(stage / STATE))
+        (stage / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+        picture = plot_losses(trainer.state.log_history, stage / "loss.png", title=output.name)
+    print(f"saved: {output} (losses: {output / picture.name})")
     if recipe.prompt:
         speak = pipeline("text-generation", model=str(output), device=trainer.args.device)
         print(speak(recipe.prompt, max_new_tokens=96, do_sample=False)[0]["generated_text"])

@@ -149,7 +149,8 @@ class Recipe(Section):
     def _training_argument(key: str, value: Any) -> Any:
         """The value as TrainingArguments annotates it (1e-3, a string in YAML 1.1, becomes a number); it checks nothing
         itself, so what its annotations do not allow is refused here."""
-        hint = get_type_hints(TrainingArguments).get(key, Any)
+        hints = get_type_hints(TrainingArguments) | {"resume_from_checkpoint": str | bool | None}  # true: the last one
+        hint = hints.get(key, Any)
         try:
             value = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
         except ValidationError as error:

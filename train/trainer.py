@@ -11,6 +11,7 @@ from transformers.trainer_callback import ExportableState, ProgressCallback
 from modeling_nanodeepseek import LoadBalancingCallback
 
 from .accounting import training_flops_per_token
+from .checkpointing import AtomicCheckpoints
 from .hardware import matmul_peak
 from .optimizers import build_optimizer
 from .recipe import Recipe, ScheduleSection
@@ -85,11 +86,12 @@ class LineCallback(ProgressCallback):
             (self.training_bar.write if self.training_bar is not None else print)(line)
 
 
-class NanoDeepSeekTrainer(Trainer):
+class NanoDeepSeekTrainer(AtomicCheckpoints, Trainer):
     """Trainer for a recipe.
 
     Adds: the recipe's optimizer and schedule; loss-free balancing; every loss term, the experts' load, tokens per
-    second and FLOP utilisation in the log; `evaluate()` with the exact mean loss and bits per byte.
+    second and FLOP utilisation in the log; `evaluate()` with the exact mean loss and bits per byte; checkpoints that
+    are whole or not there (`checkpointing.py`).
 
     Args:
         recipe: the run.

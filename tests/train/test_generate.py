@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 
 import pytest
 
@@ -122,3 +123,26 @@ def test_a_long_line_ends_the_turn_not_the_session(checkpoint, capsys):
 def test_an_absent_model_is_named():
     with pytest.raises(SystemExit, match="nowhere"):
         generate.main(["--model", "./nowhere", "--prompt", "x"])
+
+
+DAMAGES = {
+    "cut weights": ("model.safetensors", lambda text: text[:5000], "no complete safetensors file"),
+    "half a config": ("config.json", lambda text: text[:80], "not a valid JSON file"),
+    "another architecture": (
+        "config.json",
+        lambda text: text.replace(b"nanodeepseek", b"nothing_known"),
+        "nothing_known",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGES)
+def test_a_damaged_checkpoint_is_named(case, checkpoint, tmp_path):
+    name, damage, words = DAMAGES[case]
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint, folder)
+    (folder / name).write_bytes(damage((folder / name).read_bytes()))
+    with pytest.raises(SystemExit) as error:
+        generate.main(["--model", str(folder), "--prompt", "x"])
+    message = str(error.value)
+    assert message.startswith("error: ") and words in message and len(message) < 800, message
