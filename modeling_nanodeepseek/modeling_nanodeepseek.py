@@ -4,6 +4,7 @@ A forward: input_ids -> embedding -> L times [norm -> attention -> + ; norm -> M
 Which modules a layer is made of is decided when it is built, from the config.
 """
 
+import re
 from dataclasses import dataclass
 
 import torch
@@ -159,6 +160,13 @@ class NanoDeepSeekModel(NanoDeepSeekPreTrainedModel):
         self.rotary_emb = RotaryEmbedding(config)
         self.gradient_checkpointing = False
         self.post_init()
+
+    def post_init(self):
+        super().post_init()
+        # The config's plans name every toggle's modules; transformers warns of an entry that no module answers to.
+        built = {re.sub(r"\.\d+\.", ".*.", name) for name, _ in [*self.named_modules(), *self.named_parameters()]}
+        for plan in ("_tp_plan", "_ep_plan"):
+            setattr(self, plan, {name: style for name, style in getattr(self, plan).items() if name in built})
 
     def new_cache(self) -> Cache:
         """An empty cache of the kind this model writes: latents for MLA, keys and values for GQA."""

@@ -1,7 +1,9 @@
 """Two processes (gloo) that share one model by its plans are that model: logits, every gradient, and what it writes."""
 
 import functools
+import re
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
@@ -49,6 +51,19 @@ def work(rank: int, world: int, folder: str, cases: list[tuple[str, dict]]) -> l
         share = held / sum(p.numel() for p in whole.parameters())
         results.append((rms_ratio(logits, a), worst, torch.equal(text, c), share))
     return results
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_plans_name_what_is_built(name):
+    model = tiny_model(num_attention_heads=4, **MODELS[name])
+    names = {re.sub(r"\d+", "*", name) for name, _ in [*model.named_modules(), *model.named_parameters()]}
+    assert set(model._tp_plan) <= names and set(model._ep_plan) <= names
+    parts = {name for name in model._tp_plan if name.startswith("model.layers.")}
+    experts = {f"model.layers.*.mlp.experts{part}" for part in ("", ".down_proj")}
+    assert experts | {"model.layers.*.self_attn.o_proj", "model.layers.*.mlp.down_proj"} <= parts
+    assert ("model.layers.*.self_attn.k_proj" in parts) == name.startswith("gqa")
+    assert ("model.layers.*.self_attn.q_b_proj" in parts) == (name in ("expanded", "absorbed"))
+    assert ("model.layers.*.mlp.experts.up_proj" in parts) == (name == "gqa-plain-experts")
 
 
 def test_tensor_and_expert_parallel(tmp_path):
