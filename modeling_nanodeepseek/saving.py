@@ -76,12 +76,12 @@ def finish_saving(folder: str | os.PathLike) -> list[str]:
     if not saved.is_dir():
         return []
     kinds = {path.name: WEIGHT_FILE.fullmatch(path.name) for path in saved.iterdir()}
-    # A single file, or the index, says which weights count. It moves last; until then it says which are still to come.
+    # A single file, or the index, says which weights count. An old index goes first and the new one comes last, so that
+    # whoever reads the folder in between without knowing of `.saved` finds no index, rather than shards of two models.
     heads = sorted(name for name, kind in kinds.items() if kind and (kind["index"] or "-of-" not in name))
-    for name in sorted(kinds.keys() - set(heads)):
-        move(saved / name, folder / name)
     for name in heads:
         remove_superseded(folder, saved / name)
+    for name in (*sorted(kinds.keys() - set(heads)), *heads):
         move(saved / name, folder / name)
     sync_folder(folder)
     with suppress(OSError):  # another process may be at it too: only an empty folder goes
@@ -90,11 +90,11 @@ def finish_saving(folder: str | os.PathLike) -> list[str]:
 
 
 def remove_superseded(folder: Path, head: Path):
-    """Removes the weight files and indices in `folder` that `head`, a single weight file or an index, does not name."""
+    """Removes an index in `folder`, and weight files that `head`, a single weight file or an index, does not name."""
     kind, current = WEIGHT_FILE.fullmatch(head.name), {head.name}
     if kind["index"]:
         with suppress(FileNotFoundError):
-            current |= set(json.loads(head.read_text("utf-8"))["weight_map"].values())
+            current = set(json.loads(head.read_text("utf-8"))["weight_map"].values())
     if not head.exists():  # another process has moved it
         return
     for old in folder.iterdir():

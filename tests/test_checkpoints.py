@@ -12,7 +12,7 @@ import torch
 from accelerate import init_empty_weights, load_checkpoint_and_dispatch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from modeling_nanodeepseek import NanoDeepSeekForCausalLM
 from modeling_nanodeepseek.balancing import routers
@@ -495,6 +495,13 @@ def test_a_damaged_checkpoint_is_one_clear_error(case, whole, tmp_path, monkeypa
 def test_pickles_are_refused_on_request_too(whole):
     with pytest.raises(ValueError, match="use_safetensors=False is not possible"):
         NanoDeepSeekForCausalLM.from_pretrained(whole / "one", use_safetensors=False)
+
+
+def test_names_on_the_hub_are_read_as_safetensors_too(monkeypatch):
+    given = {}
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", classmethod(lambda cls, name, **k: given.update(k)))
+    NanoDeepSeekForCausalLM.from_pretrained("somebody/model")
+    assert given["use_safetensors"] is True
 
 
 def test_missing_weights_on_request(whole, tmp_path):

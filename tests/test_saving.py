@@ -1,12 +1,14 @@
 """A save that is killed or runs out of disk leaves a whole version: the old one, or the new one."""
 
 import errno
+import json
 import os
 import shutil
 
 import pytest
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, modeling_utils
 
 from modeling_nanodeepseek import NanoDeepSeekForCausalLM
@@ -21,6 +23,17 @@ ONE, SHARDS = {}, {"max_shard_size": "150KB"}
 def equal(a, b) -> bool:
     a, b = a.state_dict(), b.state_dict()
     return a.keys() == b.keys() and all(a[n].shape == b[n].shape and torch.equal(a[n], b[n]) for n in a)
+
+
+def as_others_read(folder) -> dict[str, torch.Tensor] | None:
+    """The tensors as a reader finds them that knows nothing of stages; None where it finds no whole set."""
+    if (folder / "model.safetensors").exists():
+        return load_file(folder / "model.safetensors")
+    index = folder / "model.safetensors.index.json"
+    files = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"none"}
+    if not all((folder / file).exists() for file in files):
+        return None
+    return {name: tensor for file in files for name, tensor in load_file(folder / file).items()}
 
 
 def load_twice(folder):
@@ -41,12 +54,16 @@ def test_killed_at_every_change_of_the_disk(old_form, new_form, tmp_path):
     kept, folder = tmp_path / "kept", tmp_path / "model"
     old.save_pretrained(kept, **old_form)
     (kept / "notes.txt").write_text("mine")
-    seen = []
+    seen, versions = [], [as_others_read(kept)]
+    new.save_pretrained(folder, **new_form)
+    versions.append(as_others_read(folder))
     for step in range(200):
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(kept, folder)
         if not killed(lambda: new.save_pretrained(folder, **new_form), at_change(step, folder)):
             break
+        found = as_others_read(folder)
+        assert found is None or any(all(torch.equal(found[n], v[n]) for n in v) for v in versions), step
         loaded = load_twice(folder)
         is_new = equal(loaded, new)
         assert is_new or equal(loaded, old), step

@@ -324,6 +324,13 @@ def test_true_without_a_checkpoint_starts_anew_and_says_so(recipe, capsys, tmp_p
     trainer.train(resume_from_checkpoint=True)
     assert "resuming from the start: there is no checkpoint" in capsys.readouterr().out
     assert [path.name for path in checkpoints(tmp_path / "run")] == ["checkpoint-2"]
+    # Killed between the two renames that replace a checkpoint by one of its name: both are whole, the new one counts.
+    stage = tmp_path / "run" / STAGE
+    shutil.copytree(tmp_path / "run" / "checkpoint-2", stage / checkpointing.REPLACED)
+    (tmp_path / "run" / "checkpoint-2").rename(stage / "checkpoint-2")
+    assert trainer.train(resume_from_checkpoint=True).global_step == 2
+    assert f"resuming from {tmp_path / 'run' / 'checkpoint-2'}" in capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoint-2"]
 
 
 class Rows(torch.utils.data.Dataset):
