@@ -134,21 +134,25 @@ def _one_token(hidden_1d, weights_1K, up_Exd, down_Edm, indices_1K, activate) ->
     return total_1d.to(hidden_1d.dtype)
 
 
+def prefers_grouped(hidden_Td: torch.Tensor, up_Exd: torch.Tensor, down_Edm: torch.Tensor) -> bool:
+    """Whether grouped GEMMs run: on GPUs and under torch.compile, where the sizes meet their alignment of 16 bytes."""
+    aligned = all(size * hidden_Td.itemsize % 16 == 0 for size in (*up_Exd.shape[1:], *down_Edm.shape[1:]))
+    return aligned and (hidden_Td.is_cuda or torch.compiler.is_compiling())
+
+
 def sorted_mm(module, hidden_states, top_k_index, top_k_weights) -> torch.Tensor:
     """Our experts implementation: every token's row sorted by expert, then GEMMs in the dtype of autocast.
 
-    On CPUs one GEMM per expert (`_SortedExperts`); on GPUs and under torch.compile grouped GEMMs, where the sizes meet
-    their alignment of 16 bytes. Shapes: [T, d], [T, K], [T, K] -> [T, d]. The order of a token's experts in the sum is
-    that of their numbers.
+    On CPUs one GEMM per expert (`_SortedExperts`), on GPUs and under torch.compile grouped GEMMs (`_grouped`). Shapes:
+    [T, d], [T, K], [T, K] -> [T, d].
     """
-    up, down, activate = module.up_weight(), module.down_proj, module.activate
-    dtype = compute_dtype(hidden_states)
-    operands = hidden_states.to(dtype), top_k_weights, up.to(dtype), down.to(dtype)
-    aligned = all(size * dtype.itemsize % 16 == 0 for size in (*up.shape[1:], *down.shape[1:]))
-    with torch.autocast(hidden_states.device.type, enabled=False):
-        if aligned and (hidden_states.is_cuda or torch.compiler.is_compiling()):
+    activate, dtype = module.activate, compute_dtype(hidden_states)
+    hidden, up, down = (tensor.to(dtype) for tensor in (hidden_states, module.up_weight(), module.down_proj))
+    operands = hidden, top_k_weights, up, down
+    with torch.autocast(hidden.device.type, enabled=False):
+        if prefers_grouped(hidden, up, down):
             output = _grouped(*operands, *_sort(top_k_index), activate, drops=module._is_expert_parallel)
-        elif len(hidden_states) == 1 and not module.training and not torch.is_grad_enabled():
+        elif len(hidden) == 1 and not module.training and not torch.is_grad_enabled():
             output = _one_token(*operands, top_k_index, activate)
         else:
             sorted_experts, tokens, slots = _sort(top_k_index)
