@@ -18,19 +18,49 @@ def check_inputs(
     position_ids: torch.Tensor | None,
     past_key_values: Cache | None,
 ):
-    """Raises ValueError for a cache, mask or positions that do not belong to this model and this input."""
+    """Raises ValueError for a cache, a mask or positions that do not belong to this model and this input."""
     if torch.compiler.is_compiling():
         return
     B, T, _ = inputs_embeds.shape
-    past, S = 0, T
+    S = T
     if past_key_values is not None:
         check_cache(config, past_key_values, B)
-        past, S = past_key_values.get_seq_length(), past_key_values.get_mask_sizes(T, 0)[0]
-        if isinstance(past, torch.Tensor):  # a static cache counts on its device, and S is its capacity
-            past = int(past) if past.device.type == "cpu" else None
+        S = past_key_values.get_mask_sizes(T, 0)[0]  # of a static cache its capacity
     if isinstance(attention_mask, torch.Tensor):
-        check_mask(config, attention_mask, B, T, S, past)
-    check_positions(config, position_ids, B, T, past)
+        check_mask(config, attention_mask, B, T, S, cached_tokens(past_key_values))
+    if position_ids is not None and tuple(position_ids.shape) not in ((1, T), (B, T)):
+        raise ValueError(f"position_ids has the shape {list(position_ids.shape)}: it must be [{B} or 1, {T}].")
+
+
+def check_length(
+    config: NanoDeepSeekConfig,
+    tokens: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    past_key_values: Cache | None,
+):
+    """Raises ValueError for positions at or above max_position_embeddings (which YaRN's factor is already part of).
+
+    For the language model alone: whoever studies what rotation does beyond it has the decoder without a head.
+    `tokens` are ids [B, T] or embeddings [B, T, d]. Positions that are given decide, whatever the length: a row of
+    packed documents may be longer.
+    """
+    limit = config.max_position_embeddings
+    if torch.compiler.is_compiling() or tokens is None:
+        return
+    if position_ids is None:
+        length = (cached_tokens(past_key_values) or 0) + tokens.shape[1]
+        if length > limit:
+            raise ValueError(f"The sequence has {length} tokens, and max_position_embeddings is {limit}.")
+    elif position_ids.device.type == "cpu" and position_ids.numel() and (highest := int(position_ids.max())) >= limit:
+        raise ValueError(f"Position {highest} is beyond max_position_embeddings={limit}: the last is {limit - 1}.")
+
+
+def cached_tokens(cache: Cache | None) -> int | None:
+    """How many tokens a cache holds; None if that is known to an accelerator alone, as with a static cache."""
+    past = cache.get_seq_length() if isinstance(cache, Cache) else 0
+    if isinstance(past, torch.Tensor):
+        return int(past) if past.device.type == "cpu" else None
+    return past
 
 
 def check_cache(config: NanoDeepSeekConfig, cache: Cache, batch: int):
@@ -92,17 +122,3 @@ def check_mask(config: NanoDeepSeekConfig, mask: torch.Tensor, B: int, T: int, S
             )
     else:
         raise ValueError(f"attention_mask has {mask.ndim} dims, {list(shape)}: it must have 2 or 4.")
-
-
-def check_positions(config: NanoDeepSeekConfig, position_ids: torch.Tensor | None, B: int, T: int, past: int | None):
-    """Positions below max_position_embeddings (which YaRN's factor is already part of)."""
-    limit = config.max_position_embeddings
-    if position_ids is None:
-        if past is not None and past + T > limit:
-            raise ValueError(f"The sequence has {past + T} tokens, and max_position_embeddings is {limit}.")
-        return
-    shape = tuple(position_ids.shape)
-    if shape not in ((1, T), (B, T)):
-        raise ValueError(f"position_ids has the shape {list(shape)}: it must be [{B} or 1, {T}].")
-    if position_ids.device.type == "cpu" and position_ids.numel() and (highest := int(position_ids.max())) >= limit:
-        raise ValueError(f"Position {highest} is beyond max_position_embeddings={limit}: the last is {limit - 1}.")

@@ -28,7 +28,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .attention import ATTENTION_TYPES, GroupedQueryAttention, MultiHeadLatentAttention
 from .cache import Fp8LatentCache, LatentCache, check_offloading
 from .checkpoints import CheckpointMixin, register_conversions
-from .checks import check_inputs
+from .checks import check_inputs, check_length
 from .configuration_nanodeepseek import NanoDeepSeekConfig
 from .experts import DEFAULT_EXPERTS, GatedExperts, PlainExperts
 from .layers import RMSNorm, build_mlp
@@ -283,7 +283,10 @@ class NanoDeepSeekForCausalLM(NanoDeepSeekPreTrainedModel, GenerationMixin):
                 need the logits, and get them.
             num_items_in_batch: targets in the whole optimizer batch; every loss term is then a sum divided by it, so
                 that micro-batches add up to the batch. Trainer passes it.
+
+        Raises: also ValueError for a sequence beyond max_position_embeddings; where positions are given, on a CPU.
         """
+        check_length(self.config, inputs_embeds if input_ids is None else input_ids, position_ids, past_key_values)
         balanced = self._wants_balance_loss(labels)
         if balanced:
             kwargs["output_router_logits"] = True

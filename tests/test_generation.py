@@ -694,6 +694,7 @@ def test_sequences_beyond_the_limit(kind):
     assert model(tokens(1, 640)).logits.isfinite().all()
     with pytest.raises(ValueError, match="has 641 tokens, and max_position_embeddings is 640"):
         model(tokens(1, 641))
+    assert model.model(tokens(1, 641)).last_hidden_state.isfinite().all()  # the decoder alone goes on
     cache = model.model.new_cache()
     model(tokens(1, 638), past_key_values=cache)
     model(tokens(1, 2), past_key_values=cache)
