@@ -1,5 +1,6 @@
 """Two processes: a checkpoint appears when both have written to it, and a run of theirs resumes as if uninterrupted."""
 
+import inspect
 import json
 import os
 import shutil
@@ -7,9 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from transformers import Trainer
 
 from train.recipe import REPOSITORY
 
@@ -61,6 +64,8 @@ def test_two_processes_save_and_resume_together(tiny_recipe, tmp_path):
     printed = run(whole)
     for step in (2, 4):
         assert f"checkpoint-{step} ['rng_state_0.pth', 'rng_state_1.pth']" in printed
+    if 'type != "cpu"' not in inspect.getsource(Trainer._load_optimizer_and_scheduler):
+        pytest.skip("this release of transformers cannot resume on several CPUs: it maps optimizer states to cpu:0")
     # What a kill in the middle of the second save leaves.
     shutil.copytree(whole / "checkpoint-2", killed / "checkpoint-2")
     shutil.copytree(whole / "checkpoint-4", killed / "_saving" / "checkpoint-4")
