@@ -38,13 +38,14 @@ def check_length(
     position_ids: torch.Tensor | None,
     past_key_values: Cache | None,
 ):
-    """Raises ValueError for positions at or above max_position_embeddings (which YaRN's factor is already part of).
+    """Raises ValueError for positions at or above max_position_embeddings (which YaRN's factor is already part of),
+    unless they have no limit.
 
     For the language model alone: whoever studies what rotation does beyond it has the decoder without a head.
     `tokens` are ids [B, T] or embeddings [B, T, d]. Positions that are given decide, whatever the length: a row of
     packed documents may be longer.
     """
-    limit = config.max_position_embeddings
+    limit = config.position_limit
     if torch.compiler.is_compiling() or tokens is None:
         return
     if position_ids is None:

@@ -315,6 +315,12 @@ class NanoDeepSeekConfig(PreTrainedConfig):
         """Width of one query or key head in MLA: dn + dr."""
         return self.qk_nope_head_dim + self.qk_rope_head_dim
 
+    @property
+    def position_limit(self) -> float:
+        """How many positions there are: max_position_embeddings, without an end under `rope_type="dynamic"`, which
+        stretches with the sequence."""
+        return math.inf if self.rope_parameters["rope_type"] == "dynamic" else self.max_position_embeddings
+
     def is_moe_layer(self, layer_idx: int) -> bool:
         """Whether decoder layer `layer_idx` holds routed experts."""
         if self.n_routed_experts is None:

@@ -388,7 +388,7 @@ class NanoDeepSeekForCausalLM(NanoDeepSeekPreTrainedModel, GenerationMixin):
             inputs_tensor=inputs_tensor,
             **kwargs,
         )
-        prompt, limit = inputs_tensor.shape[1], self.config.max_position_embeddings
+        prompt, limit = inputs_tensor.shape[1], self.config.position_limit
         if prompt > limit:
             raise ValueError(f"The prompt has {prompt} tokens, and max_position_embeddings is {limit}.")
         longest = input_ids_length + limit + 1 - prompt

@@ -709,6 +709,14 @@ def test_sequences_beyond_the_limit(kind):
         model(tokens(1, 3), position_ids=torch.tensor([[0, 1]]))
 
 
+@torch.no_grad()
+def test_dynamic_frequencies_have_no_limit():
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 3.0}
+    model = tiny_model(max_position_embeddings=16, rope_parameters=rope)
+    assert model(tokens(1, 41)).logits.isfinite().all()
+    assert model.generate(tokens(1, 20), max_new_tokens=9, eos_token_id=None, pad_token_id=0).shape == (1, 29)
+
+
 @pytest.mark.parametrize("embeds", [False, True])
 @pytest.mark.parametrize("implementation", [None, "static"])
 def test_prompts_beyond_the_limit(implementation, embeds, monkeypatch):

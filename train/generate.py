@@ -54,7 +54,7 @@ class Writer:
     def encode(self, texts: list[str], add_special_tokens: bool = True):
         """Left-padded ids and mask on the model's device. Raises ValueError if no room is left to write in."""
         batch = self.tokenizer(texts, add_special_tokens=add_special_tokens, padding=True, return_tensors="pt")
-        length, limit = batch["input_ids"].shape[1], self.model.config.max_position_embeddings
+        length, limit = batch["input_ids"].shape[1], self.model.config.position_limit
         if length >= limit:
             raise ValueError(f"the prompt has {length} tokens; the model's max_position_embeddings is {limit}")
         return batch.to(self.model.device)
