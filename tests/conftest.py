@@ -114,6 +114,19 @@ def seeded():
     torch.manual_seed(0)
 
 
+def graphs() -> int:
+    """Graphs that torch.compile has made in this test, which uses `fresh_compiler`."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+@pytest.fixture
+def fresh_compiler():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system of 4 MB."""

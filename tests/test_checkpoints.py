@@ -16,7 +16,7 @@ from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, PreTraine
 
 from modeling_nanodeepseek import NanoDeepSeekForCausalLM
 from modeling_nanodeepseek.balancing import routers
-from modeling_nanodeepseek.checkpoints import awaited_experts
+from modeling_nanodeepseek.checkpoints import awaited_experts, register_conversions
 from tests.conftest import assert_close, tiny_config, tiny_model, tokens
 
 
@@ -79,6 +79,17 @@ def test_a_missing_expert_is_reported(tmp_path):
         del weights[name]
     with pytest.raises(RuntimeError, match="Missing key.*model.layers.1.mlp.experts.gate_up_proj"):
         tiny_model().load_state_dict(weights)
+
+
+def test_conversions_may_be_registered_again(tmp_path):
+    """As a copy of the code does that was loaded from a checkpoint's folder beside the installed one."""
+    register_conversions()
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    read, info = NanoDeepSeekForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, read.state_dict()[name]), name
 
 
 def test_experts_may_come_in_shards_but_all_must_come(tmp_path):

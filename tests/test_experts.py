@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from modeling_nanodeepseek import experts
+from modeling_nanodeepseek import experts, update_expert_bias
 from modeling_nanodeepseek.moe import DeepseekMoE
-from tests.conftest import assert_close, tiny_config, tiny_model, tokens
+from tests.conftest import assert_close, graphs, tiny_config, tiny_model, tokens
 
 IMPLEMENTATIONS = ["eager", "sorted_mm", "batched_mm", "grouped_mm"]
 AND_ON_A_GPU = [*IMPLEMENTATIONS, "sorted_mm-as-on-a-gpu"]
@@ -138,6 +138,80 @@ def test_the_fast_experts_really_run(monkeypatch):
     model.set_experts_implementation("eager")
     model(tokens())
     assert len(calls) == 2
+
+
+class KernelGemm(torch.autograd.Function):
+    """A grouped GEMM as GPUs run it: rows beyond the last end, and their gradients, are whatever memory held."""
+
+    @staticmethod
+    def forward(ctx, x, weight, ends):
+        ctx.save_for_backward(x, weight, ends)
+        output, start = x.new_full((len(x), weight.shape[-1]), float("nan")), 0
+        for matrix, end in zip(weight, ends.tolist()):
+            output[start:end], start = x[start:end] @ matrix, end
+        return output
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, ends = ctx.saved_tensors
+        grad_x, grad_weight, start = torch.full_like(x, float("nan")), torch.zeros_like(weight), 0
+        for e, end in enumerate(ends.tolist()):
+            grad_x[start:end], grad_weight[e] = grad[start:end] @ weight[e].mT, x[start:end].mT @ grad[start:end]
+            start = end
+        return grad_x, grad_weight, None
+
+
+@pytest.mark.parametrize("gemm", ["torch", "kernel"])
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("threshold", [0.0, 0.7])
+def test_the_grouped_road_of_gpus(gemm, gated, threshold, monkeypatch):
+    """On a CPU, with torch's grouped GEMM and with one that leaves the rows of dropped slots full of NaN."""
+    if gemm == "kernel":
+        monkeypatch.setattr(experts, "_grouped_mm", KernelGemm.apply)
+    else:
+        monkeypatch.setattr(experts, "_grouped_mm", lambda x, weight, ends: F.grouped_mm(x, weight, offs=ends))
+    calls, inner = [], experts._grouped
+    monkeypatch.setattr(experts, "_grouped", lambda *a, **k: calls.append(1) or inner(*a, **k))
+    moe, hidden = build("sorted_mm", torch.float32, gated, threshold)
+    exact = copy.deepcopy(moe).double()
+    inputs, exact_inputs = hidden.clone().requires_grad_(), hidden.double().requires_grad_()
+    probe = torch.randn(1, T, 40, dtype=torch.float64)
+    expected = by_the_definition(exact, exact_inputs)
+    (expected * probe).sum().backward()
+    with monkeypatch.context() as compiling:
+        compiling.setattr(torch.compiler, "is_compiling", lambda: True)
+        output = moe(inputs)
+    (output * probe.float()).sum().backward()
+    assert calls
+    assert_close(expected, output, 1e-5, "output")
+    assert_close(exact_inputs.grad, inputs.grad, 1e-5, "input")
+    for (name, parameter), reference in zip(moe.named_parameters(), exact.parameters()):
+        assert_close(reference.grad, parameter.grad, 1e-5, name)
+
+
+@pytest.mark.parametrize("dtype, threshold", [(torch.float32, 0.0), (torch.bfloat16, 0.5)])
+def test_training_compiles_into_one_graph(dtype, threshold, fresh_compiler):
+    """Whatever the split of tokens over experts. A second graph adds to the counts of an earlier forward: none more."""
+    overrides = {"num_hidden_layers": 1, "first_k_dense_replace": 0, "adaptive_expert_threshold": threshold}
+    model = tiny_model(aux_loss_alpha=0.3, **overrides).to(dtype).train()
+    plain = copy.deepcopy(model)
+    model(tokens(), labels=tokens())  # transformers' hooks for router logits are set up outside a graph
+    update_expert_bias(model, gamma=0.0)
+    step = torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager")
+    seen, splits = [], []
+    for ids in (tokens(2, 16, seed=1), torch.full((2, 16), 5), tokens(2, 16, seed=2), tokens(2, 16, seed=3)):
+        losses = [run(input_ids=ids, labels=ids).loss for run in (step, plain)]
+        for loss in losses:
+            loss.backward()
+        tolerance = 1e-4 if dtype == torch.float32 else 3e-2
+        assert_close(losses[1], losses[0], tolerance)
+        for (name, ours), expected in zip(model.named_parameters(), plain.parameters()):
+            assert_close(expected.grad, ours.grad, tolerance, name)
+        seen.append(graphs())
+        splits.append(model.model.layers[0].mlp.gate.tokens_per_expert)
+    assert seen == [1, 2, 2, 2]
+    assert (splits[1] - splits[0] > 0).sum() <= 3 < (splits[0] > 0).sum()  # one token everywhere goes one way
+    assert torch.equal(update_expert_bias(model).tokens, update_expert_bias(plain).tokens)
 
 
 def test_an_unknown_implementation_is_refused():

@@ -9,7 +9,7 @@ from transformers import CompileConfig, DynamicCache, StaticCache
 from transformers.generation.streamers import BaseStreamer
 
 from modeling_nanodeepseek import Fp8LatentCache, LatentCache
-from tests.conftest import assert_close, tiny_model
+from tests.conftest import assert_close, graphs, tiny_model
 from tests.conftest import tokens as any_tokens
 from tests.parity.test_deepseek_v3 import pair
 
@@ -513,18 +513,6 @@ def test_offloading(implementation, kind):
 
 
 ONE_LAYER = {"num_hidden_layers": 1, "first_k_dense_replace": 0}  # with experts: to compile takes long enough
-
-
-def graphs() -> int:
-    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
-
-
-@pytest.fixture
-def fresh_compiler():
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    yield
-    torch._dynamo.reset()
 
 
 @kinds

@@ -1,6 +1,7 @@
 """The whole model: every combination of toggles, packing, padding, accumulation, loss terms."""
 
 import itertools
+import logging
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    pipeline,
 )
 
 from modeling_nanodeepseek import (
@@ -20,6 +22,7 @@ from modeling_nanodeepseek import (
     update_expert_bias,
 )
 from tests.conftest import assert_close, checkpoint_activations, rms_ratio, tiny_config, tiny_model, tokens
+from tests.small_run import small_tokenizer
 
 ATTENTION = {
     "mla": {},
@@ -147,6 +150,24 @@ def test_registered_with_the_auto_classes(tmp_path):
     model.save_pretrained(tmp_path)
     assert type(AutoModel.from_pretrained(tmp_path)) is NanoDeepSeekModel
     assert type(AutoModelForCausalLM.from_config(tiny_config())) is NanoDeepSeekForCausalLM
+
+
+@pytest.mark.parametrize("source", ["folder", "memory"])
+def test_pipeline(source, tmp_path, caplog, recwarn):
+    """Text generation from a path and with a live model: what generate() writes, and not a word of warning."""
+    tokenizer = small_tokenizer()
+    model = tiny_model(vocab_size=len(tokenizer), eos_token_id=None, pad_token_id=0)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    given = {"model": str(tmp_path)} if source == "folder" else {"model": model, "tokenizer": tokenizer}
+    inputs = tokenizer("the quick brown", return_tensors="pt")
+    written = model.generate(**inputs, max_new_tokens=9, do_sample=False)
+    warned, logged = len(recwarn), len(caplog.records)
+    generator = pipeline("text-generation", **given)
+    text = generator("the quick brown", max_new_tokens=9, do_sample=False)[0]["generated_text"]
+    assert text == tokenizer.decode(written[0], skip_special_tokens=True)
+    assert not [record.getMessage() for record in caplog.records[logged:] if record.levelno >= logging.WARNING]
+    assert not [str(warning.message) for warning in list(recwarn)[warned:]]
 
 
 def test_heads_do_not_look_their_decoder_up(monkeypatch):

@@ -144,6 +144,21 @@ def test_trainer_predicts_logits_alone(returned, tmp_path):
     assert metrics["eval_loss"] == pytest.approx(expected.ce_loss.item(), rel=1e-5)  # no balance loss in it
 
 
+def test_trainer_decays_matrices_alone(tmp_path):
+    """Trainer goes by names: what has `bias` or `norm` in it, and the rest. Routers and stacked experts do decay."""
+    model = tiny_model(attention_bias=True)
+    trainer = Trainer(model, TrainingArguments(str(tmp_path), weight_decay=0.1, report_to="none", use_cpu=True))
+    decayed, kept = trainer.create_optimizer().param_groups
+    assert (decayed["weight_decay"], kept["weight_decay"]) == (0.1, 0.0)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for group, wanted in ((decayed, lambda p: p.ndim > 1), (kept, lambda p: p.ndim == 1)):
+        expected = {name for name, parameter in model.named_parameters() if wanted(parameter)}
+        assert {names[id(parameter)] for parameter in group["params"]} == expected
+    moe = model.model.layers[1].mlp
+    for parameter in (moe.gate.weight, moe.experts.gate_up_proj, moe.experts.down_proj):
+        assert any(parameter is other for other in decayed["params"])
+
+
 NOISY = {"router_noise": 0.3, "attention_dropout": 0.2}
 
 

@@ -1,12 +1,14 @@
 """Rotation in both layouts and YaRN, against complex arithmetic and published numbers."""
 
+import json
 import math
 
 import pytest
 import torch
 
+from modeling_nanodeepseek import NanoDeepSeekConfig
 from modeling_nanodeepseek.rotary import RotaryEmbedding, rotate, softmax_scale
-from tests.conftest import assert_close, tiny_config
+from tests.conftest import TINY, assert_close, tiny_config
 
 V3_YARN = {
     "rope_type": "yarn",
@@ -98,3 +100,21 @@ def test_angles_stay_fp32_in_bf16():
     x, position = torch.zeros(1, dtype=torch.bfloat16), torch.tensor([[2001]])
     assert cast.inv_freq.dtype == cast(x, position).real.dtype == torch.float32
     assert torch.equal(exact(x, position), cast(x, position))
+
+
+@pytest.mark.parametrize("scaling", [None, {"type": "yarn", "factor": 40.0, "original_max_position_embeddings": 16}])
+def test_a_file_of_transformers_4(scaling, tmp_path):
+    """rope_theta and rope_scaling on the top level, and a `head_dim` that is none of rotation's: V3.2's files say 64
+    or 128 there whatever the rope part is. The frequencies are those of rope_parameters, also after a round trip."""
+    rope = {"rope_type": "default"} if scaling is None else {"rope_type": "yarn", **scaling}
+    rope.pop("type", None)
+    expected = RotaryEmbedding(tiny_config(rope_parameters=rope | {"rope_theta": 500.0})).inv_freq
+    if scaling is None:
+        assert_close(500.0 ** (-2 * torch.arange(3) / 6), expected, 1e-6)
+    values = {name: value for name, value in TINY.items() if name != "rope_parameters"}
+    values |= {"model_type": "deepseek_v3", "rope_theta": 500.0, "rope_scaling": scaling, "head_dim": 128}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    for _ in range(2):
+        config = NanoDeepSeekConfig.from_pretrained(tmp_path)
+        assert config.head_dim == 6 and torch.equal(RotaryEmbedding(config).inv_freq, expected)
+        config.save_pretrained(tmp_path)

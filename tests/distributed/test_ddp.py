@@ -1,0 +1,51 @@
+"""Two processes under DDP as Trainer wraps a model, one of them with all its tokens on one expert."""
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from modeling_nanodeepseek import update_expert_bias
+from modeling_nanodeepseek.balancing import routers
+from tests.conftest import checkpoint_activations, rms_ratio, tiny_model, tokens
+from tests.distributed import processes
+
+
+def build():
+    return tiny_model(num_experts_per_tok=1, norm_topk_prob=False, aux_loss_alpha=0.3).train()
+
+
+def batch(rank: int, step: int) -> torch.Tensor:
+    """On rank 1 the same token everywhere: attention mixes equal values, so all rows are equal in every layer."""
+    return torch.full((2, 15), 3 + step) if rank else tokens(2, 15, seed=step)
+
+
+def work(rank: int, world: int) -> list[tuple[list[int], float]]:
+    """Of each step, with gradient checkpointing and without: experts used here per layer; the worst gradient's error
+    against one process, which has both ranks' batches."""
+    results = []
+    for checkpointing in (False, True):
+        alone, model = build(), build()
+        if checkpointing:
+            checkpoint_activations(model, use_reentrant=False)
+        # Trainer's choice: with checkpointing, a parameter without a gradient stops DDP at the next step.
+        parallel = DistributedDataParallel(model, find_unused_parameters=not checkpointing)
+        for step in range(3):
+            parallel(batch(rank, step), labels=batch(rank, step)).loss.backward()
+            used = [int((gate.tokens_per_expert > 0).sum()) for gate in routers(model)]
+            for other in range(world):
+                (alone(batch(other, step), labels=batch(other, step)).loss / world).backward()
+            pairs = zip(alone.parameters(), model.parameters(), strict=True)
+            results.append((used, max(rms_ratio(a.grad, b.grad) for a, b in pairs)))
+            update_expert_bias(model, gamma=0.01)
+            with torch.no_grad():
+                alone.load_state_dict(model.state_dict())
+            alone.zero_grad()
+            model.zero_grad()
+    return results
+
+
+def test_a_rank_with_a_single_expert(tmp_path):
+    first, second = processes.run(work, tmp_path)
+    assert len(first) == len(second) == 6
+    for (spread, error), (single, same) in zip(first, second):
+        assert min(spread) > 3 and single == [1, 1]
+        assert error < 1e-5 and same < 1e-5
