@@ -183,6 +183,17 @@ def test_frozen_experts(frozen):
             assert torch.equal(expected[name], parameter.grad), name
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("threshold", [0.0, 0.7])
+def test_one_token_at_a_time(gated, threshold):
+    """As in decoding, which sorts nothing."""
+    moe, hidden = build("sorted_mm", torch.float32, gated, threshold)
+    expected = by_the_definition(copy.deepcopy(moe).double(), hidden.double())
+    for t in range(T):
+        assert_close(expected[:, t : t + 1], moe.eval()(hidden[:, t : t + 1]), 1e-5, f"token {t}")
+
+
 class KernelGemm(torch.autograd.Function):
     """A grouped GEMM as GPUs run it: rows beyond the last end, and their gradients, are whatever memory held."""
 
