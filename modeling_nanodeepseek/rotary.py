@@ -73,7 +73,7 @@ def rotate(x: torch.Tensor, turns: torch.Tensor, interleaved: bool) -> torch.Ten
     if interleaved and not torch.compiler.is_compiling():  # compilers do better on real numbers
         pairs = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, 2))
         if pairs.storage_offset() % 2 or any(stride % 2 for stride in pairs.stride()[:-1]):
-            pairs = pairs.contiguous()
+            pairs = pairs.clone(memory_format=torch.contiguous_format)  # contiguous() keeps an odd offset
         return torch.view_as_real(torch.view_as_complex(pairs) * turns).flatten(-2).to(x.dtype)
     first, second = (x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, dim=-1)
     turned = first * turns.real - second * turns.imag, second * turns.real + first * turns.imag

@@ -89,6 +89,16 @@ def test_bf16_is_computed_in_fp32():
     assert rms_ratio(exact, ours) < 2.5e-3  # one rounding, of the result
 
 
+def test_autocast_does_not_reach_inside():
+    leaves, inputs = operands(torch.float32)
+    results = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            output = blocked_attention(*inputs, None, 0.3)
+            results.append((output, *torch.autograd.grad(output, leaves, torch.ones_like(output))))
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
 @pytest.mark.parametrize("rows", ["whole", "padded", "packed"])
 def test_training_mode_uses_it_and_agrees_with_torch(rows, monkeypatch):
     """In the model: loss and every gradient equal those of evaluation mode, which runs torch's kernel."""
@@ -114,3 +124,16 @@ def test_training_mode_uses_it_and_agrees_with_torch(rows, monkeypatch):
     assert_close(loss, ours, 1e-6)
     for name in expected:
         assert_close(expected[name], gradients[name], 1e-4, name)
+
+
+def test_what_it_cannot_do_is_left_to_torch():
+    """Dropout, and masks that are added: in training too."""
+    ids = tokens(2, 14)
+    model = tiny_model(attention_dropout=0.5, attention_form="expanded").train()
+    assert rms_ratio(model.model(ids)[0], model.model(ids)[0]) > 1e-2
+    model = tiny_model(attention_form="expanded")
+    window = torch.ones(14, 14, dtype=torch.bool).tril().triu(-3)[None, None]
+    added = torch.where(window, 0.0, torch.finfo(torch.float32).min)
+    expected = model(ids, attention_mask=added).logits
+    for mask in (added, window):
+        assert_close(expected, model.train()(ids, attention_mask=mask).logits, 1e-5)

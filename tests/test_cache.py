@@ -218,6 +218,8 @@ def test_crop_takes_minus_the_tokens():
     cache = filled(tiny_model(), tokens(2, 5))
     with pytest.raises(ValueError, match=r"crop\(3\) .* minus"):
         cache.crop(3)
+    cache.crop(-9)  # more than there are
+    assert cache.get_seq_length() == 0
 
 
 def test_offloading_needs_a_gpu():

@@ -251,6 +251,7 @@ def test_a_model_built_on_the_meta_device(build, tmp_path):
     model.save_pretrained(tmp_path)
     filled = build(model, tmp_path).eval()
     assert_biases_are_exact(filled)
+    assert all(torch.equal(a, b) for a, b in zip(model.buffers(), filled.buffers(), strict=True))
     assert torch.equal(filled(tokens()).logits, model(tokens()).logits)
 
 

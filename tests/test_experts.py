@@ -140,6 +140,67 @@ def test_the_fast_experts_really_run(monkeypatch):
     assert len(calls) == 2
 
 
+def test_autocast_does_not_reach_inside(monkeypatch):
+    """Where bf16 has no matrix units its products are left aside, forward and backward."""
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    moe, hidden = build("sorted_mm", torch.float32, True, 0.0)
+    _, weights, indices = moe.gate(hidden)
+    leaves = hidden[0].requires_grad_(), weights.detach().requires_grad_(), *moe.experts.parameters()
+    results = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            output = moe.experts(leaves[0], indices, leaves[1])
+            results.append((output, *torch.autograd.grad(output.sum(), leaves)))
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("count, gradients", [(T, True), (T, False), (1, False)])
+def test_bf16_adds_up_experts_in_fp32(count, gradients):
+    """Experts 0 and 2 are large and cancel; in a bf16 sum they would take expert 1 with them. So in the gradient."""
+    moe, hidden = build("sorted_mm", torch.bfloat16, True, 0.0)
+    experts = moe.experts.train(gradients)
+    experts.gate_up_proj[2] = experts.gate_up_proj[0]
+    experts.down_proj[0] *= 1024
+    experts.down_proj[2] = -experts.down_proj[0]
+    hidden, indices = hidden[0, :count].clone(), torch.arange(3).expand(count, -1)
+    results = []
+    for chosen in (indices, torch.where(indices == 1, 1, 3)):  # all three; the second alone, as 3 gets no weight
+        inputs, weights = hidden.clone().requires_grad_(gradients), torch.ones(count, 3)
+        with torch.set_grad_enabled(gradients):
+            output = experts(inputs, chosen, weights.masked_fill(chosen == 3, 0.0))
+            results.append((output, torch.autograd.grad(output.sum(), inputs)[0]) if gradients else (output,))
+    for together, alone in zip(*results):
+        assert_close(alone, together, 2e-2)
+
+
+@pytest.mark.parametrize("frozen", ["gate_up_proj", "down_proj"])
+def test_frozen_experts(frozen):
+    """What is frozen gets no gradient, and the others theirs."""
+    moe, hidden = build("sorted_mm", torch.float32, True, 0.0)
+    moe(hidden).square().sum().backward()
+    expected = {name: parameter.grad for name, parameter in moe.named_parameters()}
+    moe.zero_grad()
+    getattr(moe.experts, frozen).requires_grad_(False)
+    moe(hidden).square().sum().backward()
+    for name, parameter in moe.named_parameters():
+        if name == f"experts.{frozen}":
+            assert parameter.grad is None
+        else:
+            assert torch.equal(expected[name], parameter.grad), name
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("threshold", [0.0, 0.7])
+def test_one_token_at_a_time(gated, threshold):
+    """As in decoding, which sorts nothing."""
+    moe, hidden = build("sorted_mm", torch.float32, gated, threshold)
+    expected = by_the_definition(copy.deepcopy(moe).double(), hidden.double())
+    for t in range(T):
+        assert_close(expected[:, t : t + 1], moe.eval()(hidden[:, t : t + 1]), 1e-5, f"token {t}")
+
+
 class KernelGemm(torch.autograd.Function):
     """A grouped GEMM as GPUs run it: rows beyond the last end, and their gradients, are whatever memory held."""
 

@@ -207,6 +207,10 @@ def test_the_loss_is_the_sum_of_its_terms():
     expected = F.cross_entropy(output.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     assert output.ce_loss.item() == pytest.approx(expected.item(), rel=1e-6)
     assert output.loss.item() == pytest.approx((output.ce_loss + 0.3 * output.balance_loss).item(), rel=1e-6)
+    gate, terms = model.model.layers[1].mlp.gate.weight, (output.loss, output.ce_loss, output.balance_loss)
+    whole, ce, balance = (torch.autograd.grad(term, gate, retain_graph=True)[0] for term in terms)
+    assert_close(ce + 0.3 * balance, whole, 1e-5)
+    assert rms_ratio(ce, whole) > 1e-3  # the balance loss does act
     assert 2 * 0.5 < output.balance_loss.item() < 2 * 8 / 3  # two layers, each near 1
     evaluated = model.eval()(ids, labels=ids)
     assert evaluated.balance_loss is None and evaluated.loss.item() == pytest.approx(expected.item(), rel=1e-6)

@@ -34,8 +34,10 @@ def test_rotation_is_complex_multiplication(interleaved):
     turned = torch.view_as_real(turned)
     expected = turned.flatten(-2) if interleaved else turned.mT.flatten(-2)
     assert_close(expected, rotate(x, turns, interleaved), 1e-5)
-    odd = torch.cat((x[..., :1], x), -1)[..., 1:]  # a slice that starts at an odd place
-    assert torch.equal(rotate(x, turns, interleaved), rotate(odd, turns, interleaved))
+    wide, shifted = torch.zeros(1, 2, 4, 7), torch.zeros(x.numel() + 1)  # slices with odd strides, at an odd place
+    for odd in (wide[..., :6], wide[..., 1:], shifted[1:].view_as(x)):
+        odd.copy_(x)
+        assert torch.equal(rotate(x, turns, interleaved), rotate(odd, turns, interleaved))
     compiled = torch.compile(rotate, backend="eager", fullgraph=True)(x, turns, interleaved)
     assert_close(expected, compiled, 1e-5, "real arithmetic, under a compiler")
 
@@ -99,7 +101,8 @@ def test_angles_stay_fp32_in_bf16():
     exact, cast = RotaryEmbedding(tiny_config()), RotaryEmbedding(tiny_config()).to(torch.bfloat16)
     x, position = torch.zeros(1, dtype=torch.bfloat16), torch.tensor([[2001]])
     assert cast.inv_freq.dtype == cast(x, position).real.dtype == torch.float32
-    assert torch.equal(exact(x, position), cast(x, position))
+    for dtype in (torch.bfloat16, torch.float32):
+        assert torch.equal(exact(x.float(), position), cast(x.to(dtype), position))
 
 
 @pytest.mark.parametrize("scaling", [None, {"type": "yarn", "factor": 40.0, "original_max_position_embeddings": 16}])

@@ -13,7 +13,8 @@ def work(rank: int, world: int) -> list[tuple[list, list]]:
     trajectory = []
     for step in range(3):
         ids = tokens(4, 15, seed=step).chunk(world)[rank]
-        model(ids, labels=ids).loss.backward()
+        for part in ids.chunk(2):  # DDP broadcasts rank 0's buffers before each forward: counts must not be one
+            model(part, labels=part).loss.backward()
         load = update_expert_bias(model, gamma=0.01)
         model.zero_grad()
         trajectory.append((load.tokens.tolist(), load.bias.tolist()))
