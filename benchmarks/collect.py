@@ -42,7 +42,7 @@ def measure(arguments: list[str]) -> dict:
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.against_transformers", *arguments]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     if done.returncode:
-        return {"error": done.stderr.strip().splitlines()[-1]}
+        return {"error": (done.stderr.strip().splitlines() or [f"ended with code {done.returncode}"])[-1]}
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -177,7 +177,7 @@ class MultiHeadLatentAttention(nn.Module):
         """Attention on per-head keys [kC ; kR] and values, expanded from the latents."""
         kv_B1Sc, k_rope_B1Sr = latent_B1Sl.split([self.c, self.r], dim=-1)
         kv_BHSx = self.kv_b_proj(kv_B1Sc[:, 0]).unflatten(-1, (-1, self.n + self.v)).transpose(1, 2)
-        if self.trains_on_cpu(q_nope_BHTn, attention_mask):
+        if self.trains_on_cpu(q_nope_BHTn, attention_mask) and self.looks_back(kwargs):
             operands = q_nope_BHTn, q_rope_BHTr, kv_BHSx, k_rope_B1Sr[:, 0]
             return blocked_attention(*operands, attention_mask, self.scaling), None
         k_nope_BHSn, value_BHSv = kv_BHSx.split([self.n, self.v], dim=-1)
@@ -205,6 +205,11 @@ class MultiHeadLatentAttention(nn.Module):
             and not torch.compiler.is_compiling()
         )
 
+    def looks_back(self, kwargs: dict) -> bool:
+        """Whether a mask of None means that tokens see only earlier ones; `is_causal` may say otherwise."""
+        causal = kwargs.get("is_causal")
+        return getattr(self.config, "is_causal", True) if causal is None else causal
+
     def attend_absorbed(self, q_nope_BHTn, q_rope_BHTr, latent_B1Sl, attention_mask, **kwargs):
         """Attention on the latents, which are the keys and values of every head."""
         w_Hxc = self.kv_b_weight(latent_B1Sl).unflatten(0, (-1, self.n + self.v))
@@ -226,7 +231,9 @@ class MultiHeadLatentAttention(nn.Module):
         """
         B, H, T, _ = query_BHTl.shape
         S = key_B1Sl.shape[2]
-        if attention_mask is None and T > 1:
+        causal = self.looks_back(kwargs)
+        kwargs.pop("is_causal", None)
+        if attention_mask is None and T > 1 and causal:
             # transformers leaves the mask out when the queries are the first T positions (S > T in a static cache).
             attention_mask = torch.ones(T, S, dtype=torch.bool, device=query_BHTl.device).tril()[None, None]
         if attention_mask is not None and (T > 1 or attention_mask.shape[1] > 1):

@@ -9,7 +9,7 @@ without and with position, v value, x = n + v.
 
 import torch
 
-from .layers import without_autocast
+from .layers import once_differentiable, without_autocast
 
 ROWS = 128  # queries of a block: its scores, 8 heads by 512 keys, are 2 MiB in fp32
 
@@ -60,10 +60,9 @@ class _BlockedAttention(torch.autograd.Function):
         return output_BTHv
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, grad_BTHv):
-        with torch.autocast(grad_BTHv.device.type, enabled=False):
-            return *_gradients(grad_BTHv, ctx.scale, *ctx.saved_tensors), None, None
+        return *_gradients(grad_BTHv, ctx.scale, *ctx.saved_tensors), None, None
 
 
 def _gradients(grad_BTHv, scale, q_nope_BHTn, q_rope_BHTr, kv_BHSx, k_rope_BSr, mask_BHTS, output_BTHv, logsumexp_BHT1):

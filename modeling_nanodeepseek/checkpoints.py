@@ -284,6 +284,10 @@ def loading_problems(model: PreTrainedModel, info, files: list[str]) -> list[str
     for name, found, expected in info.mismatched_keys:
         problems[name] = f"{name} is {list(found)}, not {list(expected)}"
     problems |= {name: f"{name} cannot be put together" for name in info.conversion_errors}
+    # Layers beyond the last are multi-token prediction's; a bias or a scale of ours that is not used would be missed.
+    ours = {f"layers.{layer}." for layer in range(model.config.num_hidden_layers)}
+    homeless = {name for name in info.unexpected_keys if any(layer in name for layer in ours)}
+    problems |= {name: f"{name} has no place in the model" for name in homeless}
     owners = {name.rpartition(".")[0] for name in problems}
     experts = {owner for owner in owners if hasattr(model.get_submodule(owner), "stacked_names")}
     if experts:  # stacked in memory: the names on disk say more

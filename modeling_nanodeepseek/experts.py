@@ -16,7 +16,7 @@ from transformers.integrations.moe import ExpertsInterface
 
 from .checkpoints import stack_expert_keys
 from .configuration_nanodeepseek import NanoDeepSeekConfig
-from .layers import compute_dtype, without_autocast
+from .layers import compute_dtype, once_differentiable
 
 DEFAULT_EXPERTS = "sorted_mm"
 
@@ -66,8 +66,7 @@ class _SortedExperts(torch.autograd.Function):
         return output
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    @without_autocast
+    @once_differentiable
     def backward(ctx, grad_Td):
         hidden_Td, weights_TK, up_Exd, down_Edm, tokens, slots, *pre_activations = ctx.saved_tensors
         weights = weights_TK.flatten().index_select(0, slots).to(hidden_Td.dtype)
@@ -135,9 +134,10 @@ def _one_token(hidden_1d, weights_1K, up_Exd, down_Edm, indices_1K, activate) ->
 
 
 def prefers_grouped(hidden_Td: torch.Tensor, up_Exd: torch.Tensor, down_Edm: torch.Tensor) -> bool:
-    """Whether grouped GEMMs run: on GPUs and under torch.compile, where the sizes meet their alignment of 16 bytes."""
+    """Whether grouped GEMMs run: on GPUs and under torch.compile, where the sizes meet their alignment
+    of 16 bytes; they take no fp64."""
     aligned = all(size * hidden_Td.itemsize % 16 == 0 for size in (*up_Exd.shape[1:], *down_Edm.shape[1:]))
-    return aligned and (hidden_Td.is_cuda or torch.compiler.is_compiling())
+    return aligned and hidden_Td.dtype != torch.float64 and (hidden_Td.is_cuda or torch.compiler.is_compiling())
 
 
 def sorted_mm(module, hidden_states, top_k_index, top_k_weights) -> torch.Tensor:

@@ -9,6 +9,8 @@ from transformers.activations import ACT2FN
 
 from .configuration_nanodeepseek import NanoDeepSeekConfig
 
+CPU_MULTIPLIES_BF16 = torch.cpu._is_amx_tile_supported()  # asked once: a compiler cannot
+
 
 def compute_dtype(x: torch.Tensor) -> torch.dtype:
     """The dtype matrix products on `x` should run in: x's own, or autocast's where it is on.
@@ -20,18 +22,38 @@ def compute_dtype(x: torch.Tensor) -> torch.dtype:
     if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
         return x.dtype
     dtype = torch.get_autocast_dtype(device)
-    if device == "cpu" and dtype == torch.bfloat16 and not torch.cpu._is_amx_tile_supported():
+    if device == "cpu" and dtype == torch.bfloat16 and not CPU_MULTIPLIES_BF16:
         return x.dtype
     return dtype
 
 
 def without_autocast(function):
-    """For forward and backward of an autograd.Function whose operands already have the dtype they should have."""
+    """For the forward of an autograd.Function whose operands already have the dtype they should have."""
 
     @functools.wraps(function)
     def run(ctx, x: torch.Tensor, *args):
         with torch.autocast(x.device.type, enabled=False):
             return function(ctx, x, *args)
+
+    return run
+
+
+def once_differentiable(backward):
+    """For the backward of an autograd.Function: no autocast, and no gradient of the gradient.
+
+    torch's decorator of that name raises only if the second backward passes through; torch.autograd.grad may go around
+    it, and then lacks a part without a word.
+    """
+
+    @functools.wraps(backward)
+    def run(ctx, grad: torch.Tensor):
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "create_graph=True is not possible through the fast training path: gradients of gradients need "
+                "model.eval(), attn_implementation='eager' and experts_implementation='eager'."
+            )
+        with torch.autocast(grad.device.type, enabled=False):
+            return backward(ctx, grad)
 
     return run
 
@@ -67,7 +89,7 @@ class _WeightedRMSNorm(torch.autograd.Function):
         return weight * (x * rstd).to(x.dtype)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, grad):
         x, weight, rstd = ctx.saved_tensors
         grad, x_, weight_ = (tensor.to(rstd.dtype) for tensor in (grad, x, weight))

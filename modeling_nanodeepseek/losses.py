@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .layers import compute_dtype, without_autocast
+from .layers import compute_dtype, once_differentiable, without_autocast
 
 # Logits held at a time, in numbers: 1024 tokens of a vocabulary of 8192, 32 MiB in fp32.
 CHUNK = 2**23
@@ -50,7 +50,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, grad):
         return *(saved if saved is None else (saved * grad).to(saved.dtype) for saved in ctx.saved_tensors), None
 
@@ -84,13 +84,21 @@ def linear_cross_entropy(
         head: the output layer, `is_plain_linear`.
         labels: [B, T], shifted here; or `shift_labels` [B, T], shifted already.
         num_items_in_batch: divide the sum by this instead of by the number of targets.
+
+    Raises: ValueError for labels of another shape than the input's, or (on a CPU) outside the vocabulary.
     """
     if shift_labels is None:
         shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    if shift_labels.shape != hidden_states.shape[:-1]:
+        right = list(hidden_states.shape[:-1])
+        raise ValueError(f"Labels have the shape {list(shift_labels.shape)}: it must be the input's, {right}.")
     targets = shift_labels.flatten().to(hidden_states.device)
     kept = (targets != ignore_index).nonzero()[:, 0]
-    hidden, weight = hidden_states.flatten(0, -2).index_select(0, kept), head.weight
+    hidden, weight, targets = hidden_states.flatten(0, -2).index_select(0, kept), head.weight, targets[kept]
+    if targets.device.type == "cpu" and len(targets) and not 0 <= targets.min() <= targets.max() < len(weight):
+        wrong = targets[(targets < 0) | (targets >= len(weight))][0]
+        raise ValueError(f"Label {int(wrong)} is outside the vocabulary: labels lie in 0..{len(weight) - 1}.")
     dtype = compute_dtype(hidden)
-    total = _SummedCrossEntropy.apply(hidden.to(dtype), weight.to(dtype), targets[kept])
+    total = _SummedCrossEntropy.apply(hidden.to(dtype), weight.to(dtype), targets)
     items = len(kept) if num_items_in_batch is None else num_items_in_batch
     return total / (items.to(total.device) if torch.is_tensor(items) else items)

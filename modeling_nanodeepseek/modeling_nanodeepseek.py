@@ -21,7 +21,7 @@ from transformers.modeling_layers import (
 from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
-from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple, logging
+from transformers.utils import ModelOutput, TransformersKwargs, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
@@ -212,7 +212,7 @@ class NanoDeepSeekModel(NanoDeepSeekPreTrainedModel):
 
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
         hidden_states = inputs_embeds
-        for layer in self.layers:
+        for layer in self.layers[: self.config.num_hidden_layers]:  # `assistant_early_exit` lowers it for its drafts
             hidden_states = layer(
                 hidden_states,
                 attention_mask=mask,
@@ -258,7 +258,6 @@ class NanoDeepSeekForCausalLM(NanoDeepSeekPreTrainedModel, GenerationMixin):
         self._keys_to_ignore_on_load_unexpected = [rf"model\.layers\.{layer}\." for layer in beyond]
         self.post_init()
 
-    @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -270,6 +269,7 @@ class NanoDeepSeekForCausalLM(NanoDeepSeekPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         skip_logits: bool | None = None,
+        return_dict: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> NanoDeepSeekCausalLMOutput:
         r"""As `NanoDeepSeekModel.forward`, and
@@ -278,16 +278,19 @@ class NanoDeepSeekForCausalLM(NanoDeepSeekPreTrainedModel, GenerationMixin):
             labels: [B, T], the input ids with -100 where nothing is to be learned; shifted here.
             logits_to_keep: compute the logits of the last so many tokens only, or of these positions; 0 is all.
             skip_logits: with labels, compute the loss without ever holding all the logits, and return None for them.
-                The default does so in training; False returns logits always. A head that is more than a product with
-                its weight (an adapter, a sharded or quantised one), a loss function of your own and torch.compile
-                need the logits, and get them.
+                The default does so in training, except for return_dict=False, where a place is known by its number. A
+                head that is more than a product with its weight (an adapter, a sharded or quantised one), a loss
+                function of your own and torch.compile need the logits, and get them.
             num_items_in_batch: targets in the whole optimizer batch; every loss term is then a sum divided by it, so
                 that micro-batches add up to the batch. Trainer passes it.
 
         Raises: also ValueError for a sequence beyond max_position_embeddings; where positions are given, on a CPU.
         """
         check_length(self.config, inputs_embeds if input_ids is None else input_ids, position_ids, past_key_values)
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        skip_logits = self.training and return_dict if skip_logits is None else skip_logits
         balanced = self._wants_balance_loss(labels)
+        shows_routing = kwargs.get("output_router_logits", self.config.output_router_logits)
         if balanced:
             kwargs["output_router_logits"] = True
         outputs = self.model(
@@ -311,19 +314,19 @@ class NanoDeepSeekForCausalLM(NanoDeepSeekPreTrainedModel, GenerationMixin):
         if balanced:
             balance_loss = self._balance_loss(outputs.router_logits, labels, attention_mask, **kwargs)
             loss = ce_loss + self.config.aux_loss_alpha * balance_loss
-        return NanoDeepSeekCausalLMOutput(
+        output = NanoDeepSeekCausalLMOutput(
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            router_logits=outputs.router_logits,
+            router_logits=outputs.router_logits if shows_routing else None,
             ce_loss=ce_loss,
             balance_loss=balance_loss,
         )
+        return output if return_dict else output.to_tuple()
 
-    def _skips_logits(self, skip_logits: bool | None, logits_to_keep: int | torch.Tensor) -> bool:
-        wanted = self.training if skip_logits is None else skip_logits
+    def _skips_logits(self, wanted: bool, logits_to_keep: int | torch.Tensor) -> bool:
         whole = isinstance(logits_to_keep, int) and logits_to_keep == 0
         possible = is_plain_linear(self.lm_head) and self.loss_function is ForCausalLMLoss
         return wanted and whole and possible and not torch.compiler.is_compiling()
@@ -334,11 +337,18 @@ class NanoDeepSeekForCausalLM(NanoDeepSeekPreTrainedModel, GenerationMixin):
         return self.training and labels is not None and experts and config.aux_loss_alpha > 0
 
     def _balance_loss(
-        self, router_logits, labels, attention_mask, shift_labels=None, num_items_in_batch=None, **kwargs
+        self,
+        router_logits,
+        labels,
+        attention_mask,
+        shift_labels=None,
+        num_items_in_batch=None,
+        ignore_index=-100,
+        **kwargs,
     ):
         """The sequences' balance losses, each weighted by its share of the batch's targets."""
         targets = labels[..., 1:] if shift_labels is None else shift_labels
-        targets_per_sequence = (targets != -100).sum(-1).float()
+        targets_per_sequence = (targets != ignore_index).sum(-1).float()
         total = targets_per_sequence.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         real_tokens = real_token_mask(attention_mask, labels.shape[-1])
         if torch.is_grad_enabled() and not any(logits.requires_grad for logits in router_logits):
@@ -378,6 +388,23 @@ class NanoDeepSeekForCausalLM(NanoDeepSeekPreTrainedModel, GenerationMixin):
             "offloaded": lambda settings: LatentCache(config, offloading=True),
             "quantized": quantized,
         }
+
+    def _get_candidate_generator(self, generation_config, *args, assistant_model=None, **kwargs):
+        """Refuses an assistant that would reach its last position before we do: later, the text would be lost."""
+        limit = getattr(getattr(assistant_model, "config", None), "max_position_embeddings", None)
+        longest = generation_config.max_length
+        if limit is not None and longest > limit + 1:
+            raise ValueError(
+                f"The assistant's max_position_embeddings is {limit}, and max_length {longest}: at most {limit + 1} "
+                "is possible with it."
+            )
+        return super()._get_candidate_generator(generation_config, *args, assistant_model=assistant_model, **kwargs)
+
+    def generate_batch(self, *args, **kwargs):
+        """Raises: ValueError. transformers' continuous batching writes keys and values of equal widths, no latents."""
+        raise ValueError(
+            "Continuous batching (cache_implementation='paged') is not possible: its cache holds no latents."
+        )
 
     def _prepare_generated_length(self, generation_config, input_ids_length, inputs_tensor, **kwargs):
         """Refuses a prompt beyond max_position_embeddings, and ends what would run beyond it there: an error in the

@@ -179,3 +179,19 @@ def test_grouped_query_attention(qk_norm, attention):
         logits = torch.einsum("btx,bsx->bts", q[:, :, i], k[:, :, i // 2]) * layer.scaling
         outputs.append((logits + causal(9, 9)[0]).softmax(-1) @ v[:, :, i // 2])
     assert_close(torch.cat(outputs, -1) @ layer.o_proj.weight.T, output, 1e-6)
+
+
+def test_without_causality_every_form_agrees():
+    """`is_causal=False`, by the config or by the call, in training and evaluation: tokens see later ones."""
+    ids, expected = tokens(2, 13), None
+    for form in ("expanded", "absorbed"):
+        for training in (False, True):
+            for by_config in (False, True):
+                model = tiny_model(attention_form=form).train(training)
+                settings = {} if by_config else {"is_causal": False}
+                if by_config:
+                    model.config.is_causal = False
+                logits = model(ids, **settings).logits
+                expected = logits if expected is None else expected
+                assert_close(expected, logits, 1e-5, f"{form} {training} {by_config}")
+    assert (expected - tiny_model()(ids).logits).abs().max() > 0.1

@@ -537,3 +537,15 @@ def test_nothing_but_safetensors_is_written(tmp_path):
     model.model.save_pretrained(tmp_path / "c")
     kinds = {path.suffix for path in tmp_path.rglob("*") if path.is_file()}
     assert kinds == {".json", ".safetensors"}
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.self_attn.o_proj.bias", "model.layers.1.mlp.gate.weight_scale_inv"])
+def test_tensors_without_a_place_are_refused(name, tmp_path):
+    """A bias that the config does not know, scales of weights that are no longer plain: without them all is wrong."""
+    from safetensors.torch import load_file, save_file
+
+    tiny_model().save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file(tensors | {name: torch.ones(40)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(OSError, match=f"{name} has no place in the model"):
+        NanoDeepSeekForCausalLM.from_pretrained(tmp_path)

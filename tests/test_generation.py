@@ -727,3 +727,32 @@ def test_prompts_beyond_the_limit(implementation, embeds, monkeypatch):
         warnings.clear()
         assert torch.equal(by_hand(model, tokens(2, 20), 1)[:, 20:], generate(tokens(2, 20), max_new_tokens=1))
         assert generate(tokens(2, 9)).shape == (2, 8) and not warnings
+
+
+def test_drafts_by_an_early_exit():
+    model = tiny_model(eos_token_id=None)
+    settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    expected = model.generate(tokens(1, 9), **settings)
+    assert torch.equal(expected, model.generate(tokens(1, 9), assistant_early_exit=2, **settings))
+    assert torch.equal(expected, model.generate(tokens(1, 9), **settings))
+
+
+def test_an_assistant_with_fewer_positions_is_refused_at_the_start():
+    model, assistant = tiny_model(eos_token_id=None), tiny_model(max_position_embeddings=16, eos_token_id=None)
+    settings = {"do_sample": False, "pad_token_id": 0}
+    with pytest.raises(ValueError, match="max_position_embeddings is 16"):
+        model.generate(tokens(1, 12), assistant_model=assistant, max_new_tokens=20, **settings)
+    expected = model.generate(tokens(1, 12), max_length=17, **settings)
+    assert torch.equal(expected, model.generate(tokens(1, 12), assistant_model=assistant, max_length=17, **settings))
+
+
+def test_continuous_batching_is_refused():
+    with pytest.raises(ValueError, match="[Cc]ontinuous batching"):
+        tiny_model().generate(tokens(1, 9), cache_implementation="paged", max_new_tokens=4, pad_token_id=0)
+
+
+def test_a_compiled_model_under_autocast():
+    model, ids = tiny_model(), tokens(1, 9)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        compiled = torch.compile(model, backend="eager", fullgraph=True)(ids, use_cache=False).logits
+        assert_close(model(ids).logits, compiled, 2e-2)

@@ -204,3 +204,38 @@ class TestInTheModel:
         assert output.logits is not None and is_plain_linear(model.lm_head) == (change in ("loss", "logits_to_keep"))
         expected = output.logits.sum() if change == "loss" else ForCausalLMLoss(output.logits, ids, 97)
         assert_close(expected, output.loss, 1e-6)
+
+    @pytest.mark.parametrize("training", [True, False])
+    @pytest.mark.parametrize("change", [lambda ids: ids[:, :-3], lambda ids: ids[:1], lambda ids: ids.repeat(1, 2)])
+    def test_labels_of_another_shape(self, training, change):
+        with pytest.raises(ValueError):
+            tiny_model(aux_loss_alpha=0.0).train(training)(tokens(), labels=change(tokens()))
+
+    def test_labels_outside_the_vocabulary(self):
+        labels = tokens()
+        labels[1, 4] = 97
+        with pytest.raises(ValueError, match="Label 97 is outside the vocabulary: labels lie in 0..96"):
+            tiny_model().train()(tokens(), labels=labels)
+
+    def test_a_tuple_keeps_its_places(self):
+        model, ids = tiny_model().train(), tokens()
+        loss, logits, *_ = model(ids, labels=ids, return_dict=False)
+        assert logits.shape == (2, 31, 97) and torch.equal(loss, model(ids, labels=ids, skip_logits=False).loss)
+        assert model(ids, labels=ids).router_logits is None
+        assert len(model(ids, labels=ids, output_router_logits=True).router_logits) == 2
+
+    def test_every_term_leaves_out_what_is_ignored(self):
+        model, ids, other = tiny_model(aux_loss_alpha=0.3).train(), tokens(), tokens()
+        ids[0, 3:20], other[0, 3:20] = -100, 96
+        inputs = tokens()
+        a = model(inputs, labels=ids)
+        b = model(inputs, labels=other.masked_fill((other == 96) & (ids != -100), 95), ignore_index=96)
+        c = model(inputs, labels=ids.masked_fill(ids == 96, 95))
+        assert_close(c.loss, b.loss, 1e-6)
+        assert_close(c.balance_loss, b.balance_loss, 1e-6)
+        assert_close(a.balance_loss, c.balance_loss, 1e-6)
+
+    def test_gradients_of_gradients_are_refused(self):
+        model, ids = tiny_model().train(), tokens()
+        with pytest.raises(RuntimeError, match="model.eval"):
+            torch.autograd.grad(model(ids, labels=ids).loss, list(model.parameters()), create_graph=True)

@@ -38,7 +38,7 @@ def fetch() -> Path:
         unpacked = Path(scratch) / "unpacked" / "tests"
         with tarfile.open(archive) as tar:
             for member in tar:
-                _, *folders, name = Path(member.name).parts  # without the archive's top folder
+                *folders, name = Path(member.name).parts[1:] or [""]  # without the archive's top folder
                 if member.isfile() and folders[:1] == ["tests"] and ".." not in folders and name.endswith(".py"):
                     path = Path(unpacked, *folders[1:], name)
                     path.parent.mkdir(parents=True, exist_ok=True)
