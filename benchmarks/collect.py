@@ -51,7 +51,10 @@ def main():
     parser.add_argument("--device", default="cpu", choices=VARIANTS)
     parser.add_argument("--runs", default="5")
     args = parser.parse_args()
-    results = {}
+    date = datetime.date.today().isoformat()
+    kept = {"date": date, "device": processor(args.device), "python": platform.python_version(), "results": {}}
+    file = REPOSITORY / "benchmarks" / "results" / f"{date}-{args.device}-against_transformers.json"
+    results = kept["results"]
     for task, variant in product(TASKS, VARIANTS[args.device]):
         if task == ["memory"] and "2" in variant:
             continue  # threads do not change it
@@ -59,11 +62,7 @@ def main():
         runs = "2" if task == ["memory"] else args.runs
         results[name] = measure([*task, *variant, "--runs", runs])
         print(f"{name:60} {results[name].get('ratio', results[name].get('error'))}", flush=True)
-    where = REPOSITORY / "benchmarks" / "results"
-    date = datetime.date.today().isoformat()
-    kept = {"date": date, "device": processor(args.device), "python": platform.python_version(), "results": results}
-    file = where / f"{date}-{args.device}-against_transformers.json"
-    file.write_text(json.dumps(kept, indent=1) + "\n")
+        file.write_text(json.dumps(kept, indent=1) + "\n")
     print(json.dumps({name: result.get("ratio") for name, result in results.items()}))
 
 
