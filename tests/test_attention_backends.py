@@ -84,7 +84,8 @@ def by_document(values: torch.Tensor, rows: list[list[int | str]]) -> dict[int, 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_batch_is_its_documents(backend, kind, layout, portable_backends):  # noqa: F811
+@pytest.mark.usefixtures("portable_backends")
+def test_a_batch_is_its_documents(backend, kind, layout):
     """Logits, and the gradients of every parameter, in fp64."""
     rows, with_mask = LAYOUTS[layout]
     model = use_backend(double_model(kind), backend)
@@ -104,7 +105,8 @@ def test_a_batch_is_its_documents(backend, kind, layout, portable_backends):  # 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("backend", BACKENDS)
 @torch.no_grad()
-def test_a_cached_batch_is_its_documents(backend, kind, chunks, portable_backends):  # noqa: F811
+@pytest.mark.usefixtures("portable_backends")
+def test_a_cached_batch_is_its_documents(backend, kind, chunks):
     """Left-padded rows read in pieces, some of nothing but padding."""
     rows = LAYOUTS["left-padded"][0]
     batch = lay_out(rows, True)
@@ -125,7 +127,8 @@ WAYS = {"greedy": {}, "static": {"cache_implementation": "static", "disable_comp
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", ["auto", *KINDS])
 @pytest.mark.parametrize("backend", BACKENDS[1:])
-def test_generation_is_that_of_eager(backend, kind, way, portable_backends):  # noqa: F811
+@pytest.mark.usefixtures("portable_backends")
+def test_generation_is_that_of_eager(backend, kind, way):
     if (backend, way) == ("flex_attention", "static"):
         pytest.skip("generate() of transformers 5.23 calls BlockMask.contiguous, which does not exist")
     batch = lay_out(LAYOUTS["left-padded"][0], True)
@@ -138,7 +141,8 @@ def test_generation_is_that_of_eager(backend, kind, way, portable_backends):  # 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("lengths_too", [True, False])
-def test_batches_of_the_flattening_collator(lengths_too, backend, portable_backends):  # noqa: F811
+@pytest.mark.usefixtures("portable_backends")
+def test_batches_of_the_flattening_collator(lengths_too, backend):
     """transformers' collator for packed training: positions, and for flash the lengths."""
     collate = DataCollatorWithFlattening(return_flash_attn_kwargs=lengths_too)
     batch = collate([{"input_ids": document.tolist()} for document in DOCUMENTS])
@@ -176,7 +180,8 @@ def test_lengths_for_flash():
 @pytest.mark.parametrize("boolean", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rows", [1, 2])
-def test_a_mask_of_ones_own_under_flex(rows, kind, boolean, portable_backends):  # noqa: F811
+@pytest.mark.usefixtures("portable_backends")
+def test_a_mask_of_ones_own_under_flex(rows, kind, boolean):
     """flex adds every tensor it is given, so True would become +1."""
     model, ids = double_model(kind), tokens(2, 14)
     visible = torch.ones(14, 14, dtype=torch.bool).tril().triu(-3)[None, None].expand(rows, 1, -1, -1)
@@ -186,7 +191,8 @@ def test_a_mask_of_ones_own_under_flex(rows, kind, boolean, portable_backends): 
     assert rms_ratio(expected, model(ids).logits) > 1e-3
 
 
-def test_flash_takes_no_mask_of_ones_own(portable_backends):  # noqa: F811
+@pytest.mark.usefixtures("portable_backends")
+def test_flash_takes_no_mask_of_ones_own():
     model = use_backend(double_model("expanded"), "flash_attention_3")
     with pytest.raises(ValueError, match=r"'flash_attention_3' takes no 4-D mask \(given \(1, 1, 5, 5\)\).*sdpa"):
         model(tokens(1, 5), attention_mask=torch.ones(1, 1, 5, 5))

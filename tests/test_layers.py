@@ -20,6 +20,17 @@ def test_rms_norm_values_and_gradients():
         assert_close(a, b, 1e-5)
 
 
+def test_rms_norm_backward_leaves_autocast_out():
+    """A backward called inside autocast, too: its products would be bf16 otherwise."""
+    x, probe = torch.randn(5, 512, requires_grad=True), torch.randn(5, 512)
+    norm, gradients = RMSNorm(512), []
+    for inside in (False, True):
+        loss = (norm(x) * probe).sum()
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            gradients.append(torch.autograd.grad(loss, [x, norm.weight]))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+
+
 def test_rms_norm_statistics_are_fp32():
     x = (torch.randn(2, 512) * 300).bfloat16()
     assert_close(RMSNorm(512)(x.float()), RMSNorm(512).bfloat16()(x), 5e-3)
