@@ -201,6 +201,26 @@ def measure_prefill(args: argparse.Namespace) -> dict:
     return {"logits": error, "context": ids.shape[1]} | compare(take_turns(steps, args))
 
 
+def bare_products(model: torch.nn.Module, batch: int) -> Callable[[], None]:
+    """The products that a token cannot do without, each active weight once and nothing else: a bound for decoding.
+
+    Where rows of a batch take different experts, more weights are active than counted here.
+    """
+    weights = [module.weight for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    for experts in (module for module in model.modules() if hasattr(module, "gate_up_proj")):
+        for stacked in (experts.gate_up_proj, experts.down_proj):
+            weights += stacked[: SIZES["num_experts_per_tok"]].unbind()
+    with torch.no_grad():
+        rows = {width: weights[0].new_ones(batch, width) for width in {weight.shape[1] for weight in weights}}
+
+    @torch.no_grad()
+    def run():
+        for weight in weights:
+            torch.nn.functional.linear(rows[weight.shape[1]], weight)
+
+    return run
+
+
 def measure_decode(args: argparse.Namespace, tokens: int = 16) -> dict:
     ids = prompt(args, args.batch or 1, args.context or 512)
     models, error = inference_models(args, ids)
@@ -218,8 +238,10 @@ def measure_decode(args: argparse.Namespace, tokens: int = 16) -> dict:
                 token = logits.argmax(-1, keepdim=True)
 
         steps[kind] = step
+    products = bare_products(models["ours"], len(ids))
+    steps["products"] = lambda: [products() for _ in range(tokens)]
     result = compare(take_turns(steps, args))
-    per_token = {f"{kind}_s_per_token": result.pop(f"{kind}_s") / tokens for kind in CLASSES}
+    per_token = {f"{kind}_s_per_token": result.pop(f"{kind}_s") / tokens for kind in steps}
     return {"logits": error, "context": ids.shape[1]} | per_token | result
 
 

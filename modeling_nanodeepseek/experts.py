@@ -125,11 +125,13 @@ def _grouped(hidden_Td, weights_TK, up_Exd, down_Edm, sorted_experts, tokens, sl
 
 
 def _one_token(hidden_1d, weights_1K, up_Exd, down_Edm, indices_1K, activate) -> torch.Tensor:
-    """The same for a single token, as in decoding: nothing to sort, gather or scatter."""
+    """The same for a single token, as in decoding: nothing to sort, gather or scatter, and few operations."""
+    chosen = [(e, w) for e, w in zip(indices_1K[0].tolist(), weights_1K[0].tolist()) if e < len(up_Exd)]
     total_1d = torch.zeros_like(hidden_1d, dtype=torch.promote_types(hidden_1d.dtype, torch.float32))
-    for e, w in zip(indices_1K[0].tolist(), weights_1K[0].to(hidden_1d.dtype).unbind()):
-        if e < len(up_Exd):
-            total_1d += F.linear(activate(F.linear(hidden_1d, up_Exd[e])) * w, down_Edm[e])
+    if chosen:
+        a = activate(torch.cat([torch.mm(hidden_1d, up_Exd[e].T) for e, _ in chosen]))
+        for a_1m, (e, w) in zip(a.split(1), chosen):
+            total_1d.add_(torch.mm(a_1m, down_Edm[e].T), alpha=w)
     return total_1d.to(hidden_1d.dtype)
 
 
