@@ -110,7 +110,7 @@ class MultiHeadLatentAttention(nn.Module):
         self.config = config
         self.layer_idx = layer_idx
         self.n, self.r, self.v = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
-        self.c = config.kv_lora_rank
+        self.c, self.q_lora_rank = config.kv_lora_rank, config.q_lora_rank
         self.scaling = softmax_scale(config, config.qk_head_dim)
         self.attention_dropout = config.attention_dropout
         hidden, heads, bias = config.hidden_size, config.num_attention_heads, config.attention_bias
@@ -135,7 +135,7 @@ class MultiHeadLatentAttention(nn.Module):
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         B, T, _ = hidden_states.shape
-        q_nope_BHTn, q_rope_BHTr = self.query(hidden_states, position_embeddings)
+        q_nope_BHTn, q_rope_BHTr = self.query(self.query_latent(hidden_states), position_embeddings)
         latent_B1Sl = self.latent(hidden_states, position_embeddings)
         if past_key_values is not None:
             # The latent is the whole state: it is cached as the keys, with values of width 0.
@@ -157,12 +157,13 @@ class MultiHeadLatentAttention(nn.Module):
             )
         return form == "expanded"
 
-    def query(self, hidden_states, turns) -> tuple[torch.Tensor, torch.Tensor]:
-        """[B, T, d] -> the part without position [B, H, T, n] and the rotated part [B, H, T, r]."""
-        if self.config.q_lora_rank is None:
-            q_BTx = self.q_proj(hidden_states)
-        else:
-            q_BTx = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)))
+    def query_latent(self, hidden_states) -> torch.Tensor:
+        """[B, T, d] -> cQ, normalised, [B, T, q_lora_rank]; without that rank the hidden states themselves."""
+        return hidden_states if self.q_lora_rank is None else self.q_a_layernorm(self.q_a_proj(hidden_states))
+
+    def query(self, c_q, turns) -> tuple[torch.Tensor, torch.Tensor]:
+        """cQ -> the part without position [B, H, T, n] and the rotated part [B, H, T, r]."""
+        q_BTx = self.q_proj(c_q) if self.q_lora_rank is None else self.q_b_proj(c_q)
         q_BHTx = q_BTx.unflatten(-1, (-1, self.n + self.r)).transpose(1, 2)
         q_nope_BHTn, q_rope_BHTr = q_BHTx.split([self.n, self.r], dim=-1)
         return q_nope_BHTn, rotate(q_rope_BHTr, turns, self.config.rope_interleave)
@@ -212,10 +213,7 @@ class MultiHeadLatentAttention(nn.Module):
 
     def attend_absorbed(self, q_nope_BHTn, q_rope_BHTr, latent_B1Sl, attention_mask, **kwargs):
         """Attention on the latents, which are the keys and values of every head."""
-        w_Hxc = self.kv_b_weight(latent_B1Sl).unflatten(0, (-1, self.n + self.v))
-        if isinstance(self.kv_b_proj.weight, DTensor):
-            kv_B1Sc, k_rope_B1Sr = latent_B1Sl.split([self.c, self.r], dim=-1)
-            latent_B1Sl = torch.cat((sum_gradient(kv_B1Sc, self.kv_b_proj.weight), k_rope_B1Sr), dim=-1)
+        w_Hxc, latent_B1Sl = self.absorbing_weights(latent_B1Sl)
         query_BHTl = torch.cat((q_nope_BHTn @ w_Hxc[:, : self.n], q_rope_BHTr), dim=-1)
         folds = backend_of(self.config) in ("eager", "sdpa")
         attend = self.attend_folded if folds else self.attend
@@ -223,6 +221,14 @@ class MultiHeadLatentAttention(nn.Module):
         output_BTHl, weights_BHTS = attend(query_BHTl, latent_B1Sl, latent_B1Sl, attention_mask, **kwargs)
         output_BHTc = output_BTHl[..., : self.c].transpose(1, 2)
         return (output_BHTc @ w_Hxc[:, self.n :].mT).transpose(1, 2), weights_BHTS
+
+    def absorbing_weights(self, latent_B1Sl) -> tuple[torch.Tensor, torch.Tensor]:
+        """W_kv_b by heads, [H, n + v, c], and the latents as they may be used beside it (see `sum_gradient`)."""
+        w_Hxc = self.kv_b_weight(latent_B1Sl).unflatten(0, (-1, self.n + self.v))
+        if isinstance(self.kv_b_proj.weight, DTensor):
+            kv_B1Sc, k_rope_B1Sr = latent_B1Sl.split([self.c, self.r], dim=-1)
+            latent_B1Sl = torch.cat((sum_gradient(kv_B1Sc, self.kv_b_proj.weight), k_rope_B1Sr), dim=-1)
+        return w_Hxc, latent_B1Sl
 
     def attend_folded(self, query_BHTl, key_B1Sl, value_B1Sl, attention_mask, **kwargs):
         """H heads on one key head as H T rows of one head, for backends that would copy the keys for each head.
@@ -310,6 +316,3 @@ class GroupedQueryAttention(nn.Module):
             self, query, key, value, attention_mask, scaling=self.scaling, dropout=dropout, **kwargs
         )
         return self.o_proj(output.reshape(B, T, -1)), weights
-
-
-ATTENTION_TYPES = {"mla": MultiHeadLatentAttention, "gqa": GroupedQueryAttention}

@@ -263,6 +263,7 @@ class CheckpointMixin:
                     f"{listed(problems)}. The checkpoint is incomplete or its config.json was changed "
                     "(ignore_mismatched_sizes=True initialises such weights anew)."
                 )
+        model.freeze_for_stage()  # transformers makes new parameters of what it reads
         return loaded
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, *args, **kwargs):

@@ -32,6 +32,33 @@ def check_inputs(
         raise ValueError(f"position_ids has the shape {list(position_ids.shape)}: it must be [{B} or 1, {T}].")
 
 
+def check_indices(
+    config: NanoDeepSeekConfig,
+    inputs_embeds: torch.Tensor,
+    past_key_values: Cache | None,
+    indices: tuple[torch.Tensor, ...] | None,
+):
+    """Raises ValueError for a replay of selected keys that does not belong to this model and this input."""
+    if indices is None or torch.compiler.is_compiling():
+        return
+    if config.index_topk is None or config.dsa_stage != "sparse":
+        raise ValueError("index_topk_indices are given, and this model selects no keys (index_topk, dsa_stage).")
+    B, T, _ = inputs_embeds.shape
+    S = T if past_key_values is None else past_key_values.get_mask_sizes(T, 0)[0]
+    if len(indices) != config.num_hidden_layers:
+        raise ValueError(f"index_topk_indices has {len(indices)} layers: it must have {config.num_hidden_layers}.")
+    for chosen in indices:
+        if chosen.ndim != 3 or chosen.shape[:2] != (B, T) or chosen.is_floating_point():
+            raise ValueError(
+                f"index_topk_indices holds {list(chosen.shape)} of {chosen.dtype}: it must hold integers, "
+                f"[batch, queries, keys] = [{B}, {T}, any]."
+            )
+        if chosen.device.type == "cpu" and chosen.numel() and not -1 <= int(chosen.min()) <= int(chosen.max()) < S:
+            raise ValueError(
+                f"index_topk_indices holds {int(chosen.min())}..{int(chosen.max())}: keys are 0..{S - 1}, -1 is none."
+            )
+
+
 def check_length(
     config: NanoDeepSeekConfig,
     tokens: torch.Tensor | None,
@@ -90,6 +117,11 @@ def check_cache(config: NanoDeepSeekConfig, cache: Cache, batch: int):
         raise ValueError(
             f"The cache is another model's: per token and layer it holds {shape[1]} x {shape[3]} numbers as keys, and "
             f"this model writes {heads} x {width}."
+        )
+    values = layer.values
+    if config.has_indexer and config.dsa_stage != "dense" and values is not None and values.shape[-1] == 0 != shape[2]:
+        raise ValueError(
+            "The cache holds no keys of the indexer: it was filled by a model without one, or in dsa_stage='dense'."
         )
     if shape[0] != batch:
         raise ValueError(

@@ -1,7 +1,7 @@
 """NanoDeepSeekConfig: every dimension and toggle of the model, under DeepSeek's official names.
 
 The defaults are DeepSeek-V3's own (report arXiv:2412.19437, section 4.2). A `config.json` published for DeepSeek-V2,
-V2-Lite, V3 or V3.1 loads as it is, in the layout of transformers 4 (`rope_theta`, `rope_scaling`) and 5
+V2-Lite, V3, V3.1 or V3.2 loads as it is, in the layout of transformers 4 (`rope_theta`, `rope_scaling`) and 5
 (`rope_parameters`). Contradictory values are refused when the config is built, with one message that names the field,
 its value and what is allowed.
 """
@@ -26,6 +26,14 @@ FAMILY_DEFAULTS = {
         "aux_loss_alpha": 0.001,
     },
     "deepseek_v3": {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "norm_topk_prob": True},
+    "deepseek_v32": {
+        "scoring_func": "sigmoid",
+        "topk_method": "noaux_tc",
+        "norm_topk_prob": True,
+        "index_topk": 2048,
+        "index_n_heads": 64,
+        "index_head_dim": 128,
+    },
 }
 
 # What rope_parameters must and may hold, by type.
@@ -88,6 +96,23 @@ class NanoDeepSeekConfig(PreTrainedConfig):
         rope_interleave: rotate the pairs (x0,x1),(x2,x3).. (DeepSeek) instead of the two halves of the vector. MLA
             only; the `gqa` baseline always rotates halves.
 
+    Sparse attention (DSA: V3.2 report section 2.1; MLA with a query latent only)
+        index_topk: keys k that each query attends to; `None` builds a model without selection. With at most k keys in
+            all, attention is dense.
+        index_pattern: `"learned"` (the lightning indexer chooses) or `"fixed"` (no indexer: `index_window` and
+            `index_global_tokens` alone, which make up index_topk; a baseline to compare with).
+        index_n_heads, index_head_dim: heads and width of the indexer; the first qk_rope_head_dim of the width are
+            rotated.
+        index_window, index_global_tokens: keys kept whatever their score: the last so many that the query sees, itself
+            among them, and the first so many of its document. 0 in DeepSeek's models.
+        index_hadamard, index_fp8: rotate the indexer's queries and keys by a Hadamard matrix, and round both to E4M3
+            with one power of two as scale, when keys are selected; DeepSeek's deployment does both.
+        index_loss_coef: weight of the indexer's KL in the training loss.
+        dsa_stage: `"dense"` (the indexer rests), `"warmup"` (dense attention, the indexer alone learns) or `"sparse"`.
+            `set_dsa_stage` changes it together with what is frozen.
+        sparse_form: how attention over selected keys runs: `"gathered"` (from the chosen latents, absorbed), `"masked"`
+            (over all keys) or `"auto"` (`sparse_attention.py`). The two are equal in real arithmetic.
+
     Feed-forward
         n_routed_experts: routed experts E per MoE layer; `None` builds a dense model.
         n_shared_experts: experts every token passes, fused into one MLP; `None` or 0 for none.
@@ -121,7 +146,15 @@ class NanoDeepSeekConfig(PreTrainedConfig):
     """
 
     model_type = "nanodeepseek"
-    keys_to_ignore_at_inference = ["past_key_values", "router_logits", "ce_loss", "balance_loss"]
+    keys_to_ignore_at_inference = [
+        "past_key_values",
+        "router_logits",
+        "index_topk_indices",
+        "index_recall",
+        "ce_loss",
+        "balance_loss",
+        "index_loss",
+    ]
     attribute_map = {
         "num_local_experts": "n_routed_experts",
         "num_experts": "n_routed_experts",
@@ -185,6 +218,18 @@ class NanoDeepSeekConfig(PreTrainedConfig):
     attention_form: str = "auto"
     rope_parameters: dict | None = None
     rope_interleave: bool = True
+
+    index_topk: int | None = None
+    index_pattern: str = "learned"
+    index_n_heads: int = 64
+    index_head_dim: int = 128
+    index_window: int = 0
+    index_global_tokens: int = 0
+    index_hadamard: bool = False
+    index_fp8: bool = False
+    index_loss_coef: float | int = 1.0
+    dsa_stage: str = "sparse"
+    sparse_form: str = "auto"
 
     n_routed_experts: int | None = 256
     n_shared_experts: int | None = 1
@@ -277,10 +322,24 @@ class NanoDeepSeekConfig(PreTrainedConfig):
         family = config_dict.get("model_type")
         if family not in FAMILY_DEFAULTS:
             return config_dict
+        config_dict = cls._without_layer_types(config_dict)
         # The class and the code named there belong to another implementation; ours must not point at them.
         kept = {key: value for key, value in config_dict.items() if key not in ("architectures", "auto_map")}
         cls.refuse_unknown(kept)  # what we do not know may be a part of the model
         return FAMILY_DEFAULTS[family] | kept | {"model_type": cls.model_type}
+
+    @staticmethod
+    def _without_layer_types(config_dict: dict[str, Any]) -> dict[str, Any]:
+        """transformers writes out, layer by layer, what our fields say in a number: left out where the two agree."""
+        attention, feed_forward = config_dict.get("layer_types"), config_dict.get("mlp_layer_types")
+        if attention is not None and set(attention) != {"indexed_attention"}:
+            raise ValueError(f"layer_types={attention!r} is not possible: every layer has DSA ('indexed_attention').")
+        if feed_forward is not None:
+            dense = feed_forward.count("dense")
+            if feed_forward != ["dense"] * dense + ["sparse"] * (len(feed_forward) - dense):
+                raise ValueError(f"mlp_layer_types={feed_forward!r} is not possible: dense layers must come first.")
+            config_dict = config_dict | {"first_k_dense_replace": dense}
+        return {key: value for key, value in config_dict.items() if key not in ("layer_types", "mlp_layer_types")}
 
     @classmethod
     def refuse_unknown(cls, values: dict[str, Any]):
@@ -314,6 +373,16 @@ class NanoDeepSeekConfig(PreTrainedConfig):
     def qk_head_dim(self) -> int:
         """Width of one query or key head in MLA: dn + dr."""
         return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def has_indexer(self) -> bool:
+        """Whether layers choose the keys they attend to by a lightning indexer of their own."""
+        return self.index_topk is not None and self.index_pattern == "learned"
+
+    @property
+    def index_width(self) -> int:
+        """Numbers that the indexer adds to the cache per token and layer."""
+        return self.index_head_dim if self.has_indexer else 0
 
     @property
     def position_limit(self) -> float:
@@ -376,6 +445,35 @@ class NanoDeepSeekConfig(PreTrainedConfig):
             self._require(
                 divides, "num_key_value_heads", f"it must divide num_attention_heads={self.num_attention_heads}"
             )
+
+    def validate_sparse_attention(self):
+        self._require_one_of("index_pattern", ("learned", "fixed"))
+        self._require_one_of("dsa_stage", ("dense", "warmup", "sparse"))
+        self._require_one_of("sparse_form", ("auto", "gathered", "masked"))
+        for field in ["index_window", "index_global_tokens", "index_loss_coef"]:
+            self._require(getattr(self, field) >= 0, field, "it must be at least 0")
+        if self.index_topk is None:
+            return
+        self._require(self.index_topk >= 1, "index_topk", "it must be at least 1, or None for attention to all keys")
+        mla = self.attention_type == "mla"
+        self._require(mla, "index_topk", "keys are selected in MLA alone; use attention_type='mla', or None here")
+        always = self.index_window + self.index_global_tokens
+        for field in ["index_window", "index_global_tokens"]:
+            fits = always <= self.index_topk
+            sum_ = f"index_window + index_global_tokens is {always}, and index_topk only {self.index_topk}"
+            self._require(fits, field, sum_)
+        if self.index_pattern == "fixed":
+            exact = f"a fixed pattern keeps index_window + index_global_tokens = {always} keys, so it must be {always}"
+            self._require(self.index_topk == always, "index_topk", exact)
+            self._require(self.dsa_stage != "warmup", "dsa_stage", "a fixed pattern has no indexer to warm up")
+            return
+        needed = "the indexer reads the query latent; give a rank, or index_topk=None"
+        self._require(self.q_lora_rank is not None, "q_lora_rank", needed)
+        self._require(self.index_n_heads >= 1, "index_n_heads", "it must be at least 1")
+        rotated = f"its first qk_rope_head_dim={self.qk_rope_head_dim} are rotated, so it must be at least that"
+        self._require(self.index_head_dim >= self.qk_rope_head_dim, "index_head_dim", rotated)
+        power = self.index_head_dim & (self.index_head_dim - 1) == 0
+        self._require(power or not self.index_hadamard, "index_head_dim", "index_hadamard=True needs a power of two")
 
     def validate_rope(self):  # in place of transformers' own, which warns where this refuses
         rope = self.rope_parameters

@@ -3,6 +3,8 @@
 transformers builds the mask; what is ours is to find the documents where it does not look for them.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch.nn import functional as F
 from transformers.cache_utils import Cache, DynamicCache
@@ -98,3 +100,105 @@ def causal_mask(
     if documents is not None:
         settings["and_mask_function"] = lambda b, h, q, k: documents[b, q] == documents[b, k]
     return create_causal_mask(attention_mask=attention_mask, past_key_values=past_key_values, **settings), kwargs
+
+
+def masks(config: NanoDeepSeekConfig, inputs_embeds, attention_mask, position_ids, past_key_values, **kwargs):
+    """The mask of a forward (`causal_mask`), None where all layers select their keys, and `kwargs` with what these
+    layers need to know, `visibility`."""
+    given = inputs_embeds, attention_mask, position_ids, past_key_values
+    if config.index_topk is None or config.dsa_stage == "dense":
+        return causal_mask(config, *given, **kwargs)
+    if not (getattr(config, "is_causal", True) if kwargs.get("is_causal") is None else kwargs["is_causal"]):
+        raise ValueError("is_causal=False is not possible with index_topk: the indexer selects among earlier keys.")
+    seen = visibility(config, *given)
+    if config.dsa_stage == "sparse" and seen.keys > config.index_topk:
+        return None, kwargs | {"visibility": seen}
+    mask, kwargs = causal_mask(config, *given, **kwargs)
+    return mask, kwargs | {"visibility": seen}
+
+
+@dataclass(frozen=True)
+class Visibility:
+    """Who sees whom, without a tensor of all queries by all keys: for attention that never forms all scores.
+
+    Query t of a call has the key `past + t`. It sees the keys up to its own that are no padding and of its document.
+
+    Attributes:
+        keys: how many keys S there are; of a static cache its capacity.
+        past: how many of them precede the call's tokens; a tensor with static caches on accelerators.
+        real: [B, S], True where a key is no padding; None if none is.
+        documents: [B, T], the document of each token; None if no row holds two. Without cached tokens only.
+        mask: [B or 1, T, S], what the caller says instead of all this (True is visible).
+    """
+
+    keys: int
+    past: int | torch.Tensor = 0
+    real: torch.Tensor | None = None
+    documents: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+
+    def end(self, stop: int) -> int:
+        """How many of the first keys the queries before `stop` can see."""
+        return self.keys if self.mask is not None or not isinstance(self.past, int) else self.past + stop
+
+    def rows(self, start: int, stop: int, device: torch.device) -> torch.Tensor:
+        """Queries start..stop on the keys that they can see, [B or 1, stop - start, end(stop)]; True is visible."""
+        if self.mask is not None:
+            return self.mask[:, start:stop]
+        end = self.end(stop)
+        own = torch.arange(start, stop, device=device) + self.past
+        visible = (torch.arange(end, device=device) <= own[:, None])[None]
+        if self.real is not None:
+            visible = visible & self.real[:, None, :end]
+        if self.documents is not None:
+            visible = visible & (self.documents[:, start:stop, None] == self.documents[:, None, :end])
+        return visible
+
+
+def visibility(
+    config: NanoDeepSeekConfig,
+    inputs_embeds: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor,
+    past_key_values: Cache | None,
+) -> Visibility:
+    """The same as `causal_mask`, for attention to selected keys.
+
+    Raises: ValueError for a mask of the caller's own that differs between heads or has other values than 0 and minus
+    infinity (or the dtype's lowest): keys are chosen once for all heads, or not at all.
+    """
+    T = inputs_embeds.shape[1]
+    keys = T if past_key_values is None else past_key_values.get_mask_sizes(T, 0)[0]
+    past = 0 if past_key_values is None else past_key_values.get_seq_length()
+    if isinstance(past, torch.Tensor) and past.device.type == "cpu" and not torch.compiler.is_compiling():
+        past = int(past)
+    if attention_mask is not None and real_token_mask(attention_mask, T) is None:
+        return Visibility(keys, past, mask=own_mask(attention_mask))
+    real = documents = None
+    if attention_mask is not None:
+        real = F.pad(attention_mask.bool(), (0, keys - attention_mask.shape[1]))
+        real = None if not torch.compiler.is_compiling() and real.all() else real
+    if isinstance(past, int) and past == 0 and not torch.compiler.is_compiling():
+        documents = packed_documents(position_ids, None if real is None else real_token_mask(attention_mask, T))
+    return Visibility(keys, past, real, documents)
+
+
+def own_mask(mask: torch.Tensor) -> torch.Tensor:
+    """A mask that the caller made, [B or 1, 1, T, S], boolean or additive, as a boolean one [B or 1, T, S]."""
+    if not isinstance(mask, torch.Tensor):
+        raise ValueError(
+            f"Selected keys cannot be masked by a {type(mask).__name__}: give a tensor [batch or 1, 1, queries, keys]."
+        )
+    if mask.shape[1] != 1:
+        raise ValueError(
+            f"attention_mask has the shape {list(mask.shape)}: with index_topk keys are chosen once for all heads, so "
+            "the second dim must be 1."
+        )
+    if mask.dtype == torch.bool:
+        return mask[:, 0]
+    hidden = mask <= torch.finfo(mask.dtype).min / 2
+    if not torch.compiler.is_compiling() and mask.device.type == "cpu" and not ((mask == 0) | hidden).all():
+        raise ValueError(
+            "attention_mask holds values between 0 and minus infinity: with index_topk a key is visible or it is not."
+        )
+    return ~hidden[:, 0]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
@@ -25,19 +26,27 @@ from transformers.utils import ModelOutput, TransformersKwargs, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .attention import ATTENTION_TYPES, GroupedQueryAttention, MultiHeadLatentAttention
+from .attention import GroupedQueryAttention, MultiHeadLatentAttention
 from .cache import Fp8LatentCache, LatentCache, check_offloading
 from .checkpoints import CheckpointMixin, register_conversions
-from .checks import check_inputs, check_length
+from .checks import check_indices, check_inputs, check_length
 from .configuration_nanodeepseek import NanoDeepSeekConfig
 from .experts import DEFAULT_EXPERTS, GatedExperts, PlainExperts
+from .indexer import IndexerObjective, IndexerRecall, KeySelector
 from .layers import RMSNorm, build_mlp
 from .losses import is_plain_linear, linear_cross_entropy
-from .masks import causal_mask, real_token_mask
+from .masks import masks, real_token_mask
 from .moe import DeepseekMoE, TopkRouter, sequence_balance_loss
 from .rotary import RotaryEmbedding
+from .sparse_attention import DeepseekSparseAttention
+from .stages import SparseStages
 
 logger = logging.get_logger(__name__)
+
+REENTRANT = (
+    "The {} has no gradient under reentrant gradient checkpointing; enable it with "
+    "gradient_checkpointing_kwargs={{'use_reentrant': False}}, or set {}."
+)
 
 
 @dataclass
@@ -45,9 +54,14 @@ class NanoDeepSeekCausalLMOutput(ModelOutput):
     """What `NanoDeepSeekForCausalLM` returns.
 
     Attributes:
-        loss: in training ce_loss + aux_loss_alpha * balance_loss; in evaluation ce_loss. Given labels only.
+        loss: in training ce_loss + aux_loss_alpha * balance_loss + index_loss_coef * index_loss; in evaluation ce_loss.
+            Given labels only.
         ce_loss: next-token cross-entropy in nats, the mean over targets (or their sum / num_items_in_batch).
         balance_loss: the sequence-wise balance loss before its factor; in training with labels and experts only.
+        index_loss: the KL of the indexers, summed over layers, the mean over targets' queries; in training with labels
+            while the indexers learn.
+        index_topk_indices: with `output_index_topk_indices`, per layer the keys selected, [B, T, K], -1 for none.
+        index_recall: with `output_index_recall`, per layer [B, T], the share of the dense attention's mass on them.
         logits: [B, T, vocab_size]; None in training with labels, where they are not all formed (see `skip_logits`).
         past_key_values, hidden_states, attentions, router_logits: as in transformers.
     """
@@ -60,6 +74,16 @@ class NanoDeepSeekCausalLMOutput(ModelOutput):
     router_logits: tuple[torch.Tensor, ...] | None = None
     ce_loss: torch.Tensor | None = None
     balance_loss: torch.Tensor | None = None
+    index_loss: torch.Tensor | None = None
+    index_topk_indices: tuple[torch.Tensor, ...] | None = None
+    index_recall: tuple[torch.Tensor, ...] | None = None
+
+
+def build_attention(config: NanoDeepSeekConfig, layer_idx: int) -> nn.Module:
+    """The attention that `config.attention_type` and `config.index_topk` ask for."""
+    if config.attention_type == "gqa":
+        return GroupedQueryAttention(config, layer_idx)
+    return (MultiHeadLatentAttention if config.index_topk is None else DeepseekSparseAttention)(config, layer_idx)
 
 
 def loss_arguments(kwargs: dict) -> dict:
@@ -67,12 +91,25 @@ def loss_arguments(kwargs: dict) -> dict:
     return {name: kwargs[name] for name in ("shift_labels", "num_items_in_batch", "ignore_index") if name in kwargs}
 
 
+def target_weights(
+    labels: torch.Tensor,
+    shift_labels: torch.Tensor | None = None,
+    num_items_in_batch: int | torch.Tensor | None = None,
+    ignore_index: int = -100,
+    **kwargs,
+) -> torch.Tensor:
+    """[B, T], 1 over the number of targets (in the optimizer's whole batch) where a token predicts one, else 0."""
+    targets = F.pad(labels[..., 1:], (0, 1), value=ignore_index) if shift_labels is None else shift_labels
+    real = (targets != ignore_index).float()
+    return real / (real.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
+
+
 class NanoDeepSeekDecoderLayer(GradientCheckpointingLayer):
     """x += Attention(norm x); x += FeedForward(norm x). Shapes: [B, T, d] -> [B, T, d]."""
 
     def __init__(self, config: NanoDeepSeekConfig, layer_idx: int):
         super().__init__()
-        self.self_attn = ATTENTION_TYPES[config.attention_type](config, layer_idx)
+        self.self_attn = build_attention(config, layer_idx)
         moe = config.is_moe_layer(layer_idx)
         self.mlp = DeepseekMoE(config) if moe else build_mlp(config, config.intermediate_size)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.rms_norm_weight)
@@ -97,7 +134,7 @@ class NanoDeepSeekDecoderLayer(GradientCheckpointingLayer):
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
 
-class NanoDeepSeekPreTrainedModel(CheckpointMixin, PreTrainedModel):
+class NanoDeepSeekPreTrainedModel(SparseStages, CheckpointMixin, PreTrainedModel):
     """What transformers needs to know to load, save, shard, checkpoint and observe the model."""
 
     config: NanoDeepSeekConfig
@@ -111,7 +148,7 @@ class NanoDeepSeekPreTrainedModel(CheckpointMixin, PreTrainedModel):
     _supports_flash_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _keep_in_fp32_modules_strict = ["e_score_correction_bias"]
+    _keep_in_fp32_modules_strict = ["e_score_correction_bias", "indexer.weights_proj"]
     _can_record_outputs = {
         "hidden_states": NanoDeepSeekDecoderLayer,
         "attentions": [
@@ -119,6 +156,9 @@ class NanoDeepSeekPreTrainedModel(CheckpointMixin, PreTrainedModel):
             OutputRecorder(GroupedQueryAttention, index=1),
         ],
         "router_logits": OutputRecorder(TopkRouter, index=0),
+        "index_topk_indices": OutputRecorder(KeySelector),
+        "index_loss": OutputRecorder(IndexerObjective),
+        "index_recall": OutputRecorder(IndexerRecall),
     }
 
     # transformers and its tests find these two out by searching this file's text for
@@ -130,6 +170,10 @@ class NanoDeepSeekPreTrainedModel(CheckpointMixin, PreTrainedModel):
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
         return True
+
+    def post_init(self):
+        super().post_init()
+        self.freeze_for_stage()
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         return super().get_correct_experts_implementation(requested_experts or DEFAULT_EXPERTS)
@@ -182,6 +226,7 @@ class NanoDeepSeekModel(NanoDeepSeekPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
+        index_topk_indices: tuple[torch.Tensor, ...] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MoeModelOutputWithPast:
         r"""
@@ -192,6 +237,8 @@ class NanoDeepSeekModel(NanoDeepSeekPreTrainedModel):
                 start anew (`masks.py`); they do not see each other.
             past_key_values: a cache to read and extend.
             use_cache: return a cache; ignored in training unless one is passed.
+            index_topk_indices: per layer the keys to attend to, [B, T, any], -1 for none, instead of those its indexer
+                would choose: a replay of what `output_index_topk_indices` returned. They must be visible.
 
         Raises: ValueError for both or neither of ids and embeddings, for an id outside the vocabulary (on a CPU; an
             accelerator would have to wait for the answer), and for a mask, positions or a cache that do not belong
@@ -203,16 +250,20 @@ class NanoDeepSeekModel(NanoDeepSeekPreTrainedModel):
             self._check_token_ids(input_ids)
             inputs_embeds = self.embed_tokens(input_ids)
         check_inputs(self.config, inputs_embeds, attention_mask, position_ids, past_key_values)
+        check_indices(self.config, inputs_embeds, past_key_values, index_topk_indices)
         if position_ids is None:
             past = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past)[None]
-        mask, kwargs = causal_mask(self.config, inputs_embeds, attention_mask, position_ids, past_key_values, **kwargs)
+        mask, kwargs = masks(self.config, inputs_embeds, attention_mask, position_ids, past_key_values, **kwargs)
         if use_cache and past_key_values is None and not self.training:
             past_key_values = self.new_cache()
 
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
         hidden_states = inputs_embeds
-        for layer in self.layers[: self.config.num_hidden_layers]:  # `assistant_early_exit` lowers it for its drafts
+        # `assistant_early_exit` lowers num_hidden_layers for its drafts.
+        for i, layer in enumerate(self.layers[: self.config.num_hidden_layers]):
+            if index_topk_indices is not None:
+                kwargs["index_topk_indices"] = index_topk_indices[i]
             hidden_states = layer(
                 hidden_states,
                 attention_mask=mask,
@@ -221,7 +272,7 @@ class NanoDeepSeekModel(NanoDeepSeekPreTrainedModel):
                 past_key_values=past_key_values,
                 **kwargs,
             )
-        if self.training and torch.is_grad_enabled():
+        if self.training and torch.is_grad_enabled() and self.config.dsa_stage != "warmup":
             self._count_expert_load(real_token_mask(attention_mask, hidden_states.shape[1]))
         return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
@@ -247,6 +298,7 @@ class NanoDeepSeekForCausalLM(NanoDeepSeekPreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    learns_indexer = True
 
     def __init__(self, config: NanoDeepSeekConfig):
         super().__init__(config)
@@ -293,6 +345,9 @@ class NanoDeepSeekForCausalLM(NanoDeepSeekPreTrainedModel, GenerationMixin):
         shows_routing = kwargs.get("output_router_logits", self.config.output_router_logits)
         if balanced:
             kwargs["output_router_logits"] = True
+        indexed = self._wants_index_loss(labels)
+        if indexed:
+            kwargs |= {"output_index_loss": True, "index_loss_weight": target_weights(labels, **kwargs)}
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -303,7 +358,7 @@ class NanoDeepSeekForCausalLM(NanoDeepSeekPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
-        logits = loss = ce_loss = balance_loss = None
+        logits = loss = ce_loss = balance_loss = index_loss = None
         if labels is not None and self._skips_logits(skip_logits, logits_to_keep):
             loss = ce_loss = linear_cross_entropy(hidden_states, self.lm_head, labels, **loss_arguments(kwargs))
         else:
@@ -313,7 +368,10 @@ class NanoDeepSeekForCausalLM(NanoDeepSeekPreTrainedModel, GenerationMixin):
             loss = ce_loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
         if balanced:
             balance_loss = self._balance_loss(outputs.router_logits, labels, attention_mask, **kwargs)
-            loss = ce_loss + self.config.aux_loss_alpha * balance_loss
+            loss = loss + self.config.aux_loss_alpha * balance_loss
+        if indexed:
+            index_loss = self._index_loss(outputs.index_loss)
+            loss = loss + self.config.index_loss_coef * index_loss
         output = NanoDeepSeekCausalLMOutput(
             loss=loss,
             logits=logits,
@@ -323,6 +381,9 @@ class NanoDeepSeekForCausalLM(NanoDeepSeekPreTrainedModel, GenerationMixin):
             router_logits=outputs.router_logits if shows_routing else None,
             ce_loss=ce_loss,
             balance_loss=balance_loss,
+            index_loss=index_loss,
+            index_topk_indices=outputs.get("index_topk_indices"),
+            index_recall=outputs.get("index_recall"),
         )
         return output if return_dict else output.to_tuple()
 
@@ -334,7 +395,18 @@ class NanoDeepSeekForCausalLM(NanoDeepSeekPreTrainedModel, GenerationMixin):
     def _wants_balance_loss(self, labels: torch.Tensor | None) -> bool:
         config = self.config
         experts = any(config.is_moe_layer(layer) for layer in range(config.num_hidden_layers))
-        return self.training and labels is not None and experts and config.aux_loss_alpha > 0
+        learns = self.training and config.dsa_stage != "warmup"
+        return learns and labels is not None and experts and config.aux_loss_alpha > 0
+
+    def _wants_index_loss(self, labels: torch.Tensor | None) -> bool:
+        learns = self.config.has_indexer and self.config.dsa_stage != "dense" and self.config.index_loss_coef > 0
+        return self.training and learns and labels is not None
+
+    def _index_loss(self, losses: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        trained = any(p.requires_grad for name, p in self.named_parameters() if ".indexer." in name)
+        if torch.is_grad_enabled() and trained and not any(loss.requires_grad for loss in losses):
+            raise ValueError(REENTRANT.format("indexer's loss", "index_loss_coef=0"))
+        return sum(losses)
 
     def _balance_loss(
         self,
@@ -354,10 +426,7 @@ class NanoDeepSeekForCausalLM(NanoDeepSeekPreTrainedModel, GenerationMixin):
         if torch.is_grad_enabled() and not any(logits.requires_grad for logits in router_logits):
             frozen = not any(layer.weight.requires_grad for layer in self.modules() if isinstance(layer, TopkRouter))
             if not frozen:
-                raise ValueError(
-                    "The balance loss has no gradient under reentrant gradient checkpointing; enable it with "
-                    "gradient_checkpointing_kwargs={'use_reentrant': False}, or set aux_loss_alpha=0."
-                )
+                raise ValueError(REENTRANT.format("balance loss", "aux_loss_alpha=0"))
         return sequence_balance_loss(router_logits, self.config, targets_per_sequence / total, real_tokens)
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):

@@ -98,11 +98,11 @@ def test_notes_of_others_in_a_file_are_kept_and_named(tmp_path, caplog):
 @pytest.mark.parametrize("family", ["deepseek_v3", "deepseek_v32"])
 def test_unknown_fields_of_another_family_are_refused(family, tmp_path):
     """There they are a part of the model that this one does not have."""
-    values = {"model_type": family, "index_topk": 2048}
+    values = {"model_type": family, "indexer_rope_interleave": True}
     (tmp_path / "config.json").write_text(json.dumps(values))
-    with pytest.raises(ValueError, match="no field 'index_topk'"):
+    with pytest.raises(ValueError, match="no field 'indexer_rope_interleave'"):
         NanoDeepSeekConfig.from_dict(values)
-    with pytest.raises(ValueError, match="no field 'index_topk'"):
+    with pytest.raises(ValueError, match="no field 'indexer_rope_interleave'"):
         NanoDeepSeekConfig.from_pretrained(tmp_path)
 
 

@@ -1,0 +1,265 @@
+"""The lightning indexer of DeepSeek Sparse Attention: its scores, the choice of keys, and the loss it learns from.
+
+Letters of the shape suffixes: B batch, T query tokens, C queries of a chunk, S keys (cached ones included), j indexer
+heads, i their width, K = index_topk, d hidden, q = q_lora_rank, H attention heads.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from .configuration_nanodeepseek import NanoDeepSeekConfig
+from .layers import once_differentiable
+from .masks import Visibility
+from .rotary import rotate
+
+# Scores [B, j, C, S] are formed for so many queries C at a time that they hold about so many numbers: on CPUs those of
+# a chunk then stay in a core's cache.
+CHUNK_NUMBERS = {"cpu": 2**21, "cuda": 2**27}
+
+
+def chunks(tokens: int, numbers_per_token: int, device: torch.device) -> Iterator[tuple[int, int]]:
+    """(start, stop) of parts of `tokens` tokens, each of a size that suits the device."""
+    size = max(1, CHUNK_NUMBERS.get(device.type, 2**24) // max(1, numbers_per_token))
+    for start in range(0, tokens, size):
+        yield start, min(start + size, tokens)
+
+
+def hadamard(x: torch.Tensor) -> torch.Tensor:
+    """x times the orthonormal Hadamard matrix of its last dim, a power of two: [..., n] -> [..., n].
+
+    Dot products stay what they are; outliers are spread over all n numbers, which rounding to FP8 wants.
+    """
+    n = x.shape[-1]
+    half = 1
+    while half < n:
+        a, b = x.unflatten(-1, (-1, 2, half)).unbind(-2)
+        x = torch.stack((a + b, a - b), dim=-2).flatten(-3)
+        half *= 2
+    return x * n**-0.5
+
+
+def round_to_fp8(x: torch.Tensor) -> torch.Tensor:
+    """x rounded to E4M3 with one scale per vector, a power of two (UE8M0) not below max |x| / 448; same dtype."""
+    largest = x.float().abs().amax(-1, keepdim=True).clamp(min=1e-4)
+    scale = torch.exp2(torch.ceil(torch.log2(largest / torch.finfo(torch.float8_e4m3fn).max)))
+    return ((x.float() / scale).to(torch.float8_e4m3fn).float() * scale).to(x.dtype)
+
+
+def index_scores(q_BCji: torch.Tensor, w_BCj: torch.Tensor, k_BSi: torch.Tensor) -> torch.Tensor:
+    """I_ts = sum_j w_tj ReLU(q_tj . k_s) in fp32 (fp64 for fp64), [B, C, S] (V3.2 report eq. 1)."""
+    exact = torch.promote_types(q_BCji.dtype, torch.float32)
+    products_BxS = q_BCji.to(exact).flatten(1, 2) @ k_BSi.to(exact).mT
+    products_BCjS = F.relu(products_BxS, inplace=not torch.is_grad_enabled()).unflatten(1, q_BCji.shape[1:3])
+    return (w_BCj.to(exact)[..., None, :] @ products_BCjS).squeeze(-2)
+
+
+def select_keys(scores_BCS: torch.Tensor, visible_BCS: torch.Tensor, topk: int) -> torch.Tensor:
+    """The `topk` visible keys of each row with the highest scores, in order of position: int32 [B, C, topk].
+
+    Equal scores (in fp32): the later key wins, in every path and on every device. Rows that see fewer keys end in -1.
+    """
+    # One int64 per key that sorts as (score, position): the score's bits, which a flip makes sort as an integer, in
+    # front of the position.
+    bits = (scores_BCS.float() + 0.0).view(torch.int32)  # + 0.0: minus zero is zero
+    bits = ((bits >> 31) & 0x7FFFFFFF) ^ bits
+    position_S = torch.arange(scores_BCS.shape[-1], device=scores_BCS.device)
+    ranked = (bits.long() << 32 | position_S).masked_fill_(~visible_BCS, -1 << 63)
+    if ranked.device.type == "cpu" and not torch.compiler.is_compiling():
+        # numpy partitions with AVX-512 or AVX2, six times as fast as torch's topk.
+        ranked.numpy().partition(ranked.shape[-1] - topk, axis=-1)
+        best = ranked[..., -topk:]
+    else:
+        best = ranked.topk(topk, dim=-1, sorted=False).values
+    beyond = 2**31 - 1
+    chosen = torch.where(best == -1 << 63, beyond, best & 0xFFFFFFFF).int()
+    if chosen.device.type == "cpu" and not torch.compiler.is_compiling():
+        chosen.numpy().sort(axis=-1)
+    else:
+        chosen = chosen.sort(dim=-1).values
+    return chosen.masked_fill_(chosen == beyond, -1)
+
+
+def always_kept(visible_BCS: torch.Tensor, window: int, first: int) -> torch.Tensor:
+    """The last `window` and the `first` keys that each query sees."""
+    rank_BCS = visible_BCS.cumsum(-1)  # of each visible key among them, from 1
+    return visible_BCS & ((rank_BCS <= first) | (rank_BCS > rank_BCS[..., -1:] - window))
+
+
+class KeySelector(nn.Module):
+    """Chooses the keys of each query, chunk by chunk: scores of all queries are never held.
+
+    Arguments of forward: q [B, T, j, i], w [B, T, j], k [B, S, i] as the indexer gives them (a fixed pattern reads
+    none of them); who sees whom; (B, T). -> indices [B, T, min(K, S)], int32, ascending, then -1 where a query sees
+    fewer. The model records them under `index_topk_indices`.
+    """
+
+    def __init__(self, config: NanoDeepSeekConfig):
+        super().__init__()
+        self.topk, self.learned = config.index_topk, config.has_indexer
+        self.window, self.first = config.index_window, config.index_global_tokens
+        self.heads = config.index_n_heads if self.learned else 1
+
+    @torch.no_grad()
+    def forward(self, q_BTji, w_BTj, k_BSi, visibility: Visibility, shape: tuple[int, int]) -> torch.Tensor:
+        B, T = shape
+        topk = min(self.topk, visibility.keys)
+        indices_BTK = torch.full((B, T, topk), -1, dtype=torch.int32, device=k_BSi.device)
+        for start, stop in chunks(T, B * self.heads * visibility.keys, k_BSi.device):
+            end = visibility.end(stop)
+            visible_BCS = visibility.rows(start, stop, k_BSi.device).expand(B, -1, -1)
+            if self.learned:
+                scores_BCS = index_scores(q_BTji[:, start:stop], w_BTj[:, start:stop], k_BSi[:, :end])
+                if self.window or self.first:
+                    kept_BCS = always_kept(visible_BCS, self.window, self.first)
+                    scores_BCS = scores_BCS.masked_fill(kept_BCS, float("inf"))
+            else:
+                visible_BCS = always_kept(visible_BCS, self.window, self.first)
+                scores_BCS = torch.zeros_like(visible_BCS, dtype=torch.float)
+            chosen = select_keys(scores_BCS, visible_BCS, min(topk, end))
+            indices_BTK[:, start:stop, : chosen.shape[-1]] = chosen
+        return indices_BTK
+
+
+class LightningIndexer(nn.Module):
+    r"""Scores every key for every query by a few narrow heads (V3.2 report section 2.1, eq. 1; DeepSeek's code).
+
+      I_ts = i^-0.5 sum_j w_tj ReLU(q_tj . k_s)        w_t = j^-0.5 W_weights h_t, of either sign
+      q_t = W_q cQ_t in heads        k_s = LayerNorm(W_k h_s), one for all heads
+    cQ is MLA's query latent after its norm, h the attention's input. The first qk_rope_head_dim numbers of q and k are
+    rotated, in halves (x_n, x_{n + r/2}), where MLA rotates pairs. The weights are computed in fp32. Inputs are
+    detached: the indexer learns from its own loss alone.
+
+    Parameter names are DeepSeek's: wq_b, wk, k_norm, weights_proj.
+
+    Shapes: hidden [B, T, d], cQ [B, T, q] -> q [B, T, j, i], w [B, T, j] in fp32 with both factors in it, k [B, T, i].
+    """
+
+    def __init__(self, config: NanoDeepSeekConfig):
+        super().__init__()
+        self.heads, self.width, self.r = config.index_n_heads, config.index_head_dim, config.qk_rope_head_dim
+        self.wq_b = nn.Linear(config.q_lora_rank, self.heads * self.width, bias=False)
+        self.wk = nn.Linear(config.hidden_size, self.width, bias=False)
+        self.k_norm = nn.LayerNorm(self.width, eps=1e-6)
+        self.weights_proj = nn.Linear(config.hidden_size, self.heads, bias=False)
+        self.deployed = [f for f, on in ((hadamard, config.index_hadamard), (round_to_fp8, config.index_fp8)) if on]
+
+    def forward(self, hidden_BTd, c_q_BTq, turns) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        hidden_BTd, c_q_BTq = hidden_BTd.detach(), c_q_BTq.detach()
+        q_BTji = self.rotate(self.wq_b(c_q_BTq).unflatten(-1, (self.heads, self.width)).transpose(1, 2), turns)
+        k_B1Ti = self.rotate(self.k_norm(self.wk(hidden_BTd))[:, None], turns)
+        with torch.autocast(hidden_BTd.device.type, enabled=False):
+            exact = torch.promote_types(hidden_BTd.dtype, torch.float32)
+            w_BTj = F.linear(hidden_BTd.to(exact), self.weights_proj.weight.to(exact))
+        return q_BTji.transpose(1, 2), w_BTj * (self.heads * self.width) ** -0.5, k_B1Ti[:, 0]
+
+    def rotate(self, x_BjTi: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
+        rope, rest = x_BjTi.split([self.r, self.width - self.r], dim=-1)
+        return torch.cat((rotate(rope, turns, interleaved=False), rest), dim=-1)
+
+    @torch.no_grad()
+    def as_deployed(self, x: torch.Tensor) -> torch.Tensor:
+        """Queries or keys as they are scored when keys are selected: turned and rounded, where the config says so."""
+        for change in self.deployed:
+            x = change(x)
+        return x
+
+
+class _IndexLoss(torch.autograd.Function):
+    """sum_t weight_t KL_t, its gradients taken chunk by chunk in the forward, so that no chunk's scores are kept.
+
+    `kl_of_chunk(q, w, k, start, stop)` gives the KL of queries start..stop, [B, C].
+    """
+
+    @staticmethod
+    def forward(ctx, q_BTji, w_BTj, k_BSi, weight_BT, size: int, kl_of_chunk: Callable):
+        k = k_BSi.detach().requires_grad_()
+        grad_q, grad_w, grad_k = torch.zeros_like(q_BTji), torch.zeros_like(w_BTj), torch.zeros_like(k)
+        total = weight_BT.new_zeros((), dtype=torch.promote_types(q_BTji.dtype, torch.float32))
+        for start, stop in chunks(q_BTji.shape[1], size, q_BTji.device):
+            with torch.enable_grad():
+                q, w = (x[:, start:stop].detach().requires_grad_() for x in (q_BTji, w_BTj))
+                loss = (weight_BT[:, start:stop] * kl_of_chunk(q, w, k, start, stop)).sum()
+                grad_q[:, start:stop], grad_w[:, start:stop], part = torch.autograd.grad(loss, (q, w, k))
+            grad_k += part
+            total += loss.detach()
+        ctx.save_for_backward(grad_q, grad_w, grad_k)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return *(grad.to(saved.dtype) * saved for saved in ctx.saved_tensors), None, None, None
+
+
+def kl_divergence(target_BCS: torch.Tensor, scores_BCS: torch.Tensor, visible_BCS: torch.Tensor) -> torch.Tensor:
+    """KL(target || softmax of the visible scores), [B, C]; 0 for a query that sees nothing."""
+    log_q = scores_BCS.masked_fill(~visible_BCS, torch.finfo(scores_BCS.dtype).min).log_softmax(-1)
+    return (torch.xlogy(target_BCS, target_BCS) - target_BCS * log_q).sum(-1)
+
+
+class IndexerObjective(nn.Module):
+    r"""What the indexer learns (V3.2 report section 2.1.1); the model records it under `index_loss`.
+
+      p_t = 1/H sum_h softmax attention of head h        loss = sum_t weight_t KL(p_t || softmax I_t)
+    over all visible keys in the warm-up, over the selected ones in the sparse stage (the attention's softmax too). p
+    has no gradient.
+
+    Arguments of forward: the indexer's q, w, k (before rounding); weight [B, T]; `target(start, stop)`, p of those
+    queries [B, C, N] and which of the N keys are visible; indices [B, T, N] of the keys that N counts, -1 for none, or
+    None if they are the first N of all.
+    """
+
+    def __init__(self, config: NanoDeepSeekConfig):
+        super().__init__()
+        self.heads = max(config.index_n_heads, config.num_attention_heads)
+
+    def forward(self, q_BTji, w_BTj, k_BSi, weight_BT, target: Callable, indices_BTN: torch.Tensor | None = None):
+        def kl_of_chunk(q, w, k, start, stop):
+            p_BCN, visible_BCN = target(start, stop)
+            if indices_BTN is None:
+                scores_BCN = index_scores(q, w, k[:, : p_BCN.shape[-1]])
+            else:
+                scores_BCN = selected_scores(q, w, k, indices_BTN[:, start:stop])
+            return kl_divergence(p_BCN, scores_BCN, visible_BCN)
+
+        keys = k_BSi.shape[1] if indices_BTN is None else indices_BTN.shape[2]
+        with torch.autocast(q_BTji.device.type, enabled=False):
+            size = len(q_BTji) * keys * self.heads
+            return _IndexLoss.apply(q_BTji, w_BTj, k_BSi, weight_BT, size, kl_of_chunk)
+
+
+class IndexerRecall(nn.Module):
+    """The share of the dense attention's mass, averaged over heads, that lies on the selected keys: [B, T], NaN for
+    queries that see no more keys than are selected. The model records it under `index_recall`.
+
+    Arguments of forward: `target` as in `IndexerObjective`, over all keys; indices [B, T, K].
+    """
+
+    def __init__(self, config: NanoDeepSeekConfig):
+        super().__init__()
+        self.heads = config.num_attention_heads
+
+    @torch.no_grad()
+    def forward(self, target: Callable, indices_BTK: torch.Tensor, keys: int) -> torch.Tensor:
+        B, T, K = indices_BTK.shape
+        recall_BT = torch.full((B, T), float("nan"), device=indices_BTK.device)
+        for start, stop in chunks(T, B * self.heads * keys, indices_BTK.device):
+            p_BCS, visible_BCS = target(start, stop)
+            chosen = indices_BTK[:, start:stop]
+            # A chunk's keys end where its queries' do; what lies beyond is -1.
+            mass_BCK = p_BCS.gather(-1, chosen.clamp(0, p_BCS.shape[-1] - 1).long()).masked_fill(chosen < 0, 0.0)
+            some = visible_BCS.sum(-1) > K
+            recall_BT[:, start:stop] = torch.where(some, mass_BCK.sum(-1), float("nan"))
+        return recall_BT
+
+
+def selected_scores(q_BCji, w_BCj, k_BSi, indices_BCK: torch.Tensor) -> torch.Tensor:
+    """`index_scores` of selected keys alone, [B, C, K]; of no meaning where the index is -1."""
+    exact = torch.promote_types(q_BCji.dtype, torch.float32)
+    row_B11 = torch.arange(len(k_BSi), device=k_BSi.device)[:, None, None] * k_BSi.shape[1]
+    k_BCKi = F.embedding(indices_BCK.clamp(min=0) + row_B11, k_BSi.flatten(0, 1)).to(exact)
+    products_BCjK = F.relu(q_BCji.to(exact) @ k_BCKi.mT)
+    return (w_BCj.to(exact)[..., None, :] @ products_BCjK).squeeze(-2)
