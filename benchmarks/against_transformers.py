@@ -1,10 +1,13 @@
-"""Measures our model against transformers' DeepseekV3ForCausalLM: same weights, same process, default settings of each.
+"""Measures our model against transformers' DeepseekV3ForCausalLM, or (--sparse) its DeepseekV32ForCausalLM: same
+weights, same process, default settings of each.
 
     python -m benchmarks.against_transformers train --dtype float32 --threads 1
     python -m benchmarks.against_transformers prefill --dtype bfloat16 --threads 2 --context 2048
     python -m benchmarks.against_transformers decode --context 8192
     python -m benchmarks.against_transformers memory
     python -m benchmarks.against_transformers train --device cuda --dtype bfloat16 --compile
+    python -m benchmarks.against_transformers decode --sparse --context 8192
+    python -m benchmarks.against_transformers prefill --sparse --context 131072 --alone
 
 train    one step: forward with labels, backward, AdamW; bf16 is autocast over fp32 weights, as Trainer(bf16=True) does.
 prefill  a forward over the prompt that fills the cache and gives the last token's logits; bf16 is `model.to(bf16)`.
@@ -14,8 +17,10 @@ memory   the peak of a train step over what the process held before there was a 
 
 Equality comes first. In fp32 the two must agree to 1e-5 in the logits of 512 tokens, 1e-4 in every gradient, and 1e-3
 after thousands of tokens, where a near tie of two experts may fall either way. In bf16 ours may be at most 1.2 times as
-far from the fp32 result as theirs, and one rounding of bf16. The two take turns; the ratio is the median of theirs over
-the median of ours, above 1 where ours is better. The last line is one JSON object.
+far from the fp32 result as theirs, and one rounding of bf16. With --sparse ours attends to what theirs selected, where
+the two could differ by a near tie, and the selections are compared beside. The two take turns; the ratio is the median
+of theirs over the median of ours, above 1 where ours is better. --alone measures ours without the other, and without
+comparing: for contexts that the other cannot reach. The last line is one JSON object.
 """
 
 import argparse
@@ -29,7 +34,7 @@ from collections.abc import Callable
 
 import torch
 import transformers
-from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, DeepseekV32Config, DeepseekV32ForCausalLM
 
 from modeling_nanodeepseek import NanoDeepSeekConfig, NanoDeepSeekForCausalLM
 from train.recipe import REPOSITORY
@@ -60,14 +65,24 @@ CLASSES = {
     "ours": (NanoDeepSeekForCausalLM, NanoDeepSeekConfig, {"aux_loss_alpha": 0.0}),
     "transformers": (DeepseekV3ForCausalLM, DeepseekV3Config, {"num_key_value_heads": SIZES["num_attention_heads"]}),
 }
+# With few indexer heads many scores are exactly zero (ReLU), and the two choose differently among equals.
+SPARSE_SIZES = {"index_topk": 256, "index_n_heads": 8, "index_head_dim": 64}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def kinds(args: argparse.Namespace) -> list[str]:
+    return ["ours"] if args.alone else list(CLASSES)
 
 
 def build(kind: str, args: argparse.Namespace) -> torch.nn.Module:
     """The model of that kind; equal seeds give both the same weights, wide enough for every part to matter."""
     model_class, config_class, own = CLASSES[kind]
+    if args.sparse and kind == "transformers":
+        model_class, config_class = DeepseekV32ForCausalLM, DeepseekV32Config
+    sizes = SIZES | (SPARSE_SIZES if args.sparse else {})
+    sizes["max_position_embeddings"] = max(sizes["max_position_embeddings"], 2 * (args.context or 0))
     with torch.device(args.device):
-        model = model_class(config_class(**copy.deepcopy(SIZES), **own))
+        model = model_class(config_class(**copy.deepcopy(sizes), **own))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
@@ -109,20 +124,21 @@ def check(what: str, exact: torch.Tensor, ours: torch.Tensor, theirs: torch.Tens
 def take_turns(steps: dict[str, Callable[[], None]], args: argparse.Namespace) -> dict[str, list[float]]:
     """Seconds of `--runs` calls of each function, in alternation, after one call of each that is not counted."""
     seconds = {name: [] for name in steps}
-    for run in range(args.runs + 1):
+    for run in range(args.runs + 1 - args.alone):
         for name, step in steps.items():
             synchronize(args)
             start = time.perf_counter()
             step()
             synchronize(args)
-            if run:
+            if run or args.alone:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
 
 
 def compare(seconds: dict[str, list[float]]) -> dict[str, float]:
     median = {name: statistics.median(values) for name, values in seconds.items()}
-    return {f"{name}_s": value for name, value in median.items()} | {"ratio": median["transformers"] / median["ours"]}
+    seconds = {f"{name}_s": value for name, value in median.items()}
+    return seconds | ({"ratio": median["transformers"] / median["ours"]} if "transformers" in median else {})
 
 
 def autocast(args: argparse.Namespace):
@@ -172,33 +188,68 @@ def last_logits(model: torch.nn.Module, ids: torch.Tensor, cache=None):
     return output.logits[:, -1], output.past_key_values
 
 
-def inference_models(args: argparse.Namespace, ids: torch.Tensor) -> tuple[dict[str, torch.nn.Module], dict]:
-    """Both models in `--dtype`, once compared: all logits of 512 tokens, and in fp32 the last ones of the whole prompt
-    and of one token more from the cache."""
-    models = {kind: build(kind, args).eval() for kind in CLASSES}
+@torch.no_grad()
+def selections(model: torch.nn.Module, ids: torch.Tensor) -> list[torch.Tensor]:
+    """Per layer the keys that transformers' indexer selects, [B, T, K]; -1 where it lists one that is not visible."""
+    chosen = []
+    indexers = [module for name, module in model.named_modules() if name.endswith(".indexer")]
+    hooks = [indexer.register_forward_hook(lambda *call: chosen.append(call[-1])) for indexer in indexers]
+    model(ids, use_cache=False, logits_to_keep=1)
+    for hook in hooks:
+        hook.remove()
+    last = torch.arange(ids.shape[1], dtype=torch.int32, device=ids.device)[:, None]
+    return [indices.masked_fill(indices > last, -1) for indices in chosen]
+
+
+@torch.no_grad()
+def check_selections(models: dict[str, torch.nn.Module], ids: torch.Tensor) -> tuple[torch.Tensor, dict]:
+    """Ours attends to what transformers' model selected: its logits, and how many rows of the first layer it would have
+    selected otherwise (two scores may differ by a rounding alone; later layers follow)."""
+    theirs = selections(models["transformers"], ids)
+    replayed = models["ours"](ids, use_cache=False, index_topk_indices=theirs)
+    own = models["ours"](ids, use_cache=False, output_index_topk_indices=True, logits_to_keep=1).index_topk_indices
+    others = (own[0].sort(-1).values != theirs[0].sort(-1).values).any(-1).float().mean().item()
+    assert others <= 0.002, f"{others:.2%} of the first layer's queries select other keys"
+    return replayed.logits, {"rows_with_other_keys": others}
+
+
+def inference_models(args: argparse.Namespace, ids: torch.Tensor) -> tuple[dict[str, torch.nn.Module], dict, dict]:
+    """The models in `--dtype`, their caches of the whole prompt, and how far apart they are: all logits of 512 tokens,
+    and in fp32 the last ones of the whole prompt and of one token more from the cache."""
+    models = {kind: build(kind, args).eval() for kind in kinds(args)}
+    caches = {}
 
     def run(kind: str) -> tuple[torch.Tensor, torch.Tensor]:
         with torch.no_grad():
             first = models[kind](ids[:, :512], use_cache=False).logits
-        last, cache = last_logits(models[kind], ids)
-        return first, torch.stack((last, last_logits(models[kind], ids[:, -1:], cache)[0]))
+        last, caches[kind] = last_logits(models[kind], ids)
+        after = last_logits(models[kind], ids[:, -1:], caches[kind])[0]
+        return first, torch.stack((last, after))
 
-    exact = run("transformers")
+    exact = None if args.alone or args.dtype == "float32" else run("transformers")
     for model in models.values():
         model.to(DTYPES[args.dtype])
-    (first, last), (their_first, their_last) = (run(kind) for kind in models)
-    errors = check("logits", exact[0], first, their_first, args, 1e-5)
-    if args.dtype == "float32":
-        check("logits at the end", exact[1], last, their_last, args, 1e-3)
-    return models, errors
+    results = {kind: run(kind) for kind in models}
+    if args.alone:
+        return models, caches, {}
+    (first, last), (their_first, their_last) = results["ours"], results["transformers"]
+    others = {}
+    if args.sparse and args.dtype == "float32":
+        first, others = check_selections(models, ids[:, :512])
+    errors = check("logits", their_first if exact is None else exact[0], first, their_first, args, 1e-5)
+    if args.dtype == "float32" and not args.sparse:
+        check("logits at the end", their_last, last, their_last, args, 1e-3)
+    return models, caches, errors | others
 
 
 def measure_prefill(args: argparse.Namespace) -> dict:
     ids = prompt(args, args.batch or 1, args.context or 2048)
-    models, error = inference_models(args, ids)
+    models, _, error = inference_models(args, ids)
     runs = {kind: compiled(model, args) for kind, model in models.items()}
     steps = {kind: lambda run=run: last_logits(run, ids) for kind, run in runs.items()}
-    return {"logits": error, "context": ids.shape[1]} | compare(take_turns(steps, args))
+    seconds = take_turns(steps, args)
+    peak = {"peak_bytes": resident_bytes("VmHWM:")} if args.alone and args.device == "cpu" else {}
+    return {"logits": error, "context": ids.shape[1]} | peak | compare(seconds)
 
 
 def bare_products(model: torch.nn.Module, batch: int) -> Callable[[], None]:
@@ -223,10 +274,9 @@ def bare_products(model: torch.nn.Module, batch: int) -> Callable[[], None]:
 
 def measure_decode(args: argparse.Namespace, tokens: int = 16) -> dict:
     ids = prompt(args, args.batch or 1, args.context or 512)
-    models, error = inference_models(args, ids)
-    caches, steps = {}, {}
+    models, caches, error = inference_models(args, ids)
+    steps = {}
     for kind, model in models.items():
-        _, caches[kind] = last_logits(model, ids)
         run = compiled(model, args)
 
         def step(kind=kind, run=run):
@@ -289,6 +339,8 @@ def main():
     parser.add_argument("--batch", type=int, help="rows; 8 to train, else 1")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--compile", action="store_true", help="torch.compile for both models")
+    parser.add_argument("--sparse", action="store_true", help="DeepSeek Sparse Attention, the 256 best keys")
+    parser.add_argument("--alone", action="store_true", help="ours alone, not compared (prefill and decode)")
     parser.add_argument("--peak-of", choices=CLASSES, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -297,6 +349,7 @@ def main():
         return
     where = torch.cuda.get_device_name() if args.device == "cuda" else torch.backends.cpu.get_cpu_capability()
     result = {"task": args.task, "device": where, "dtype": args.dtype, "threads": args.threads, "compile": args.compile}
+    result |= {"sparse": args.sparse, "alone": args.alone}
     result |= {"torch": torch.__version__, "transformers": transformers.__version__}
     print(json.dumps(result | TASKS[args.task](args)))
 
