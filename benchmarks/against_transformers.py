@@ -66,7 +66,7 @@ CLASSES = {
     "transformers": (DeepseekV3ForCausalLM, DeepseekV3Config, {"num_key_value_heads": SIZES["num_attention_heads"]}),
 }
 # With few indexer heads many scores are exactly zero (ReLU), and the two choose differently among equals.
-SPARSE_SIZES = {"index_topk": 256, "index_n_heads": 8, "index_head_dim": 64}
+SPARSE_SIZES = {"index_topk": 256, "index_n_heads": 8, "index_head_dim": 32}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 

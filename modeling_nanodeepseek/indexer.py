@@ -19,6 +19,9 @@ from .rotary import rotate
 # a chunk then stay in a core's cache.
 CHUNK_NUMBERS = {"cpu": 2**21, "cuda": 2**27}
 
+INVISIBLE = -1 << 63  # ranks below every score
+NONE = 2**31 - 1  # sorts behind every position
+
 
 def chunks(tokens: int, numbers_per_token: int, device: torch.device) -> Iterator[tuple[int, int]]:
     """(start, stop) of parts of `tokens` tokens, each of a size that suits the device."""
@@ -56,30 +59,35 @@ def index_scores(q_BCji: torch.Tensor, w_BCj: torch.Tensor, k_BSi: torch.Tensor)
     return (w_BCj.to(exact)[..., None, :] @ products_BCjS).squeeze(-2)
 
 
-def select_keys(scores_BCS: torch.Tensor, visible_BCS: torch.Tensor, topk: int) -> torch.Tensor:
+def select_keys(scores_BCS: torch.Tensor, visible_BCS: torch.Tensor | None, topk: int) -> torch.Tensor:
     """The `topk` visible keys of each row with the highest scores, in order of position: int32 [B, C, topk].
 
     Equal scores (in fp32): the later key wins, in every path and on every device. Rows that see fewer keys end in -1.
+    `visible` None: all are.
     """
-    # One int64 per key that sorts as (score, position): the score's bits, which a flip makes sort as an integer, in
-    # front of the position.
+    eager_cpu = scores_BCS.device.type == "cpu" and not torch.compiler.is_compiling()
+    # One int64 per key that sorts as (score, position): its upper half the score's bits, which a flip makes sort as an
+    # integer, its lower half the position.
     bits = (scores_BCS.float() + 0.0).view(torch.int32)  # + 0.0: minus zero is zero
     bits = ((bits >> 31) & 0x7FFFFFFF) ^ bits
-    position_S = torch.arange(scores_BCS.shape[-1], device=scores_BCS.device)
-    ranked = (bits.long() << 32 | position_S).masked_fill_(~visible_BCS, -1 << 63)
-    if ranked.device.type == "cpu" and not torch.compiler.is_compiling():
+    position_S = torch.arange(bits.shape[-1], dtype=torch.int32, device=bits.device)
+    ranked = torch.stack((position_S.expand_as(bits), bits), dim=-1).view(torch.int64).squeeze(-1)
+    if visible_BCS is not None:
+        ranked = ranked.masked_fill_(~visible_BCS, INVISIBLE)
+    if eager_cpu:
         # numpy partitions with AVX-512 or AVX2, six times as fast as torch's topk.
         ranked.numpy().partition(ranked.shape[-1] - topk, axis=-1)
         best = ranked[..., -topk:]
     else:
         best = ranked.topk(topk, dim=-1, sorted=False).values
-    beyond = 2**31 - 1
-    chosen = torch.where(best == -1 << 63, beyond, best & 0xFFFFFFFF).int()
-    if chosen.device.type == "cpu" and not torch.compiler.is_compiling():
+    chosen = best.int()  # the lower half
+    if visible_BCS is not None:
+        chosen = chosen.masked_fill_(best == INVISIBLE, NONE)
+    if eager_cpu:
         chosen.numpy().sort(axis=-1)
     else:
         chosen = chosen.sort(dim=-1).values
-    return chosen.masked_fill_(chosen == beyond, -1)
+    return chosen if visible_BCS is None else chosen.masked_fill_(chosen == NONE, -1)
 
 
 def always_kept(visible_BCS: torch.Tensor, window: int, first: int) -> torch.Tensor:
@@ -100,6 +108,7 @@ class KeySelector(nn.Module):
         super().__init__()
         self.topk, self.learned = config.index_topk, config.has_indexer
         self.window, self.first = config.index_window, config.index_global_tokens
+        self.always = self.window + self.first > 0
         self.heads = config.index_n_heads if self.learned else 1
 
     @torch.no_grad()
@@ -109,10 +118,12 @@ class KeySelector(nn.Module):
         indices_BTK = torch.full((B, T, topk), -1, dtype=torch.int32, device=k_BSi.device)
         for start, stop in chunks(T, B * self.heads * visibility.keys, k_BSi.device):
             end = visibility.end(stop)
-            visible_BCS = visibility.rows(start, stop, k_BSi.device).expand(B, -1, -1)
+            visible_BCS = None
+            if self.always or not visibility.sees_all(start, stop):
+                visible_BCS = visibility.rows(start, stop, k_BSi.device).expand(B, -1, -1)
             if self.learned:
                 scores_BCS = index_scores(q_BTji[:, start:stop], w_BTj[:, start:stop], k_BSi[:, :end])
-                if self.window or self.first:
+                if self.always:
                     kept_BCS = always_kept(visible_BCS, self.window, self.first)
                     scores_BCS = scores_BCS.masked_fill(kept_BCS, float("inf"))
             else:
@@ -148,16 +159,16 @@ class LightningIndexer(nn.Module):
 
     def forward(self, hidden_BTd, c_q_BTq, turns) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         hidden_BTd, c_q_BTq = hidden_BTd.detach(), c_q_BTq.detach()
-        q_BTji = self.rotate(self.wq_b(c_q_BTq).unflatten(-1, (self.heads, self.width)).transpose(1, 2), turns)
-        k_B1Ti = self.rotate(self.k_norm(self.wk(hidden_BTd))[:, None], turns)
+        q_BTji = self.wq_b(c_q_BTq).unflatten(-1, (self.heads, self.width))
+        k_BT1i = self.k_norm(self.wk(hidden_BTd)).unsqueeze(2)
+        both_BTxi = torch.cat((q_BTji, k_BT1i), dim=2)
+        rope, rest = both_BTxi.split([self.r, self.width - self.r], dim=-1)
+        rope = rotate(rope.transpose(1, 2), turns, interleaved=False).transpose(1, 2)
+        q_BTji, k_BT1i = torch.cat((rope, rest), dim=-1).split([self.heads, 1], dim=2)
         with torch.autocast(hidden_BTd.device.type, enabled=False):
             exact = torch.promote_types(hidden_BTd.dtype, torch.float32)
             w_BTj = F.linear(hidden_BTd.to(exact), self.weights_proj.weight.to(exact))
-        return q_BTji.transpose(1, 2), w_BTj * (self.heads * self.width) ** -0.5, k_B1Ti[:, 0]
-
-    def rotate(self, x_BjTi: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
-        rope, rest = x_BjTi.split([self.r, self.width - self.r], dim=-1)
-        return torch.cat((rotate(rope, turns, interleaved=False), rest), dim=-1)
+        return q_BTji, w_BTj * (self.heads * self.width) ** -0.5, k_BT1i[:, :, 0]
 
     @torch.no_grad()
     def as_deployed(self, x: torch.Tensor) -> torch.Tensor:

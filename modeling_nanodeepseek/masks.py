@@ -141,6 +141,11 @@ class Visibility:
         """How many of the first keys the queries before `stop` can see."""
         return self.keys if self.mask is not None or not isinstance(self.past, int) else self.past + stop
 
+    def sees_all(self, start: int, stop: int) -> bool:
+        """Whether query `start`, alone, sees all keys before it, as in decoding without padding."""
+        others = self.real is not None or self.documents is not None or self.mask is not None
+        return stop - start == 1 and isinstance(self.past, int) and not others
+
     def rows(self, start: int, stop: int, device: torch.device) -> torch.Tensor:
         """Queries start..stop on the keys that they can see, [B or 1, stop - start, end(stop)]; True is visible."""
         if self.mask is not None:
@@ -170,8 +175,10 @@ def visibility(
     T = inputs_embeds.shape[1]
     keys = T if past_key_values is None else past_key_values.get_mask_sizes(T, 0)[0]
     past = 0 if past_key_values is None else past_key_values.get_seq_length()
-    if isinstance(past, torch.Tensor) and past.device.type == "cpu" and not torch.compiler.is_compiling():
-        past = int(past)
+    if isinstance(past, torch.Tensor):
+        # A static cache counts in place, layer by layer, and rows are made when a layer asks for them.
+        known = past.device.type == "cpu" and not torch.compiler.is_compiling()
+        past = int(past) if known else past.clone()
     if attention_mask is not None and real_token_mask(attention_mask, T) is None:
         return Visibility(keys, past, mask=own_mask(attention_mask))
     real = documents = None
