@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.conftest import tiny_config, tiny_model, tokens
 from train.accounting import count_parameters, training_flops_per_token
@@ -74,17 +74,29 @@ def test_fixed_pattern_has_no_indexer():
     assert training_flops_per_token(config, 64) == pytest.approx(6 * counts["active_matmul"] + attention, rel=1e-12)
 
 
-def linear_operations(model, ids) -> int:
-    """Operations of a training step in weight matrices, as torch counts them; products of activations are batched."""
-    with FlopCounterMode(display=False) as counter:
-        model.train()(ids, labels=ids).loss.backward()
-    counts = counter.get_flop_counts()["Global"]
-    return sum(flops for operation, flops in counts.items() if operation in (torch.ops.aten.mm, torch.ops.aten.addmm))
+class WeightProducts(TorchDispatchMode):
+    """Adds up the operations of products with a dim of that many tokens: those in weight matrices."""
+
+    def __init__(self, tokens: int):
+        super().__init__()
+        self.tokens, self.operations = tokens, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket is torch.ops.aten.mm:
+            (rows, inner), (_, columns) = args[0].shape, args[1].shape
+            self.operations += 2 * rows * inner * columns * (self.tokens in (rows, inner))
+        return function(*args, **kwargs or {})
 
 
 def test_an_indexers_matrices_cost_four_operations():
     """A forward, and a backward that stops at its inputs; other matrices cost six."""
     ids, fixed = tokens(length=31), {"index_pattern": "fixed", "index_window": 5, "index_global_tokens": 2}
-    counts = count_parameters(tiny_config(**SPARSE))
-    learned, none = (linear_operations(tiny_model(**SPARSE | pattern), ids) for pattern in ({}, fixed))
-    assert learned - none == 4 * ids.numel() * counts["index_matmul"]
+    operations = []
+    for pattern in ({}, fixed):
+        model = tiny_model(**SPARSE | pattern).train()
+        with WeightProducts(ids.numel()) as products:
+            model(ids, labels=ids).loss.backward()
+        operations.append(products.operations)
+    index = count_parameters(tiny_config(**SPARSE))["index_matmul"]
+    assert index == 3 * (18 * 16 + 40 * 8 + 40 * 2)
+    assert operations[0] - operations[1] == 4 * ids.numel() * index
