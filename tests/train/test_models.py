@@ -40,8 +40,8 @@ def test_every_file_is_counted_here():
 
 def by_hand(config: NanoDeepSeekConfig, experts: int) -> int:
     """Parameters with so many experts per layer, router biases included: written from the shapes of the reports."""
-    d, H, q, c, m = (getattr(config, f"{name}") for name in ("hidden_size", "num_attention_heads", "q_lora_rank",
-                     "kv_lora_rank", "moe_intermediate_size"))  # fmt: skip
+    d, H, m = config.hidden_size, config.num_attention_heads, config.moe_intermediate_size
+    q, c = config.q_lora_rank, config.kv_lora_rank
     n, r, v = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
     queries = d * H * (n + r) if q is None else d * q + q + q * H * (n + r)
     attention = queries + d * (c + r) + c + c * H * (n + v) + H * v * d
@@ -77,7 +77,7 @@ def test_the_second_family(name):
     assert (config.index_n_heads, config.index_head_dim) == (index_heads, index_width)
     rope = config.rope_parameters  # trained at 4096 tokens and stretched, as V3 was
     assert rope["factor"] * rope["original_max_position_embeddings"] == config.max_position_embeddings == context
-    if experts:  # as in V3, an expert-layer's token passes through as wide a network as a dense layer's
+    if experts:  # as in V3, a token of an expert layer passes through as wide a network as a dense layer's
         passed = config.num_experts_per_tok + config.n_shared_experts
         assert passed * config.moe_intermediate_size == config.intermediate_size
 
