@@ -85,8 +85,8 @@ class NanoDeepSeekConfig(PreTrainedConfig):
         q_lora_rank: rank of the query latent; `None` projects queries directly (V2-Lite).
         kv_lora_rank: rank dc of the key/value latent, the part of the cache that has no position.
         qk_nope_head_dim, qk_rope_head_dim, v_head_dim: per-head dims dn, dr and dv.
-        head_dim: head size of the `gqa` baseline (default hidden_size / heads). For MLA it is qk_rope_head_dim, the
-            part that is rotated.
+        head_dim: head size of the `gqa` baseline (default hidden_size / heads, rounded down to an even
+            number). For MLA it is qk_rope_head_dim, the part that is rotated.
         qk_norm: RMSNorm on the heads of q and k; `gqa` only. MLA normalises its latents instead.
         attention_bias, attention_dropout: biases of the down and output projections; dropout on the attention weights.
         attention_form: `"auto"` chooses expanded or absorbed from the lengths and the backend (`attention.py`);
@@ -286,7 +286,7 @@ class NanoDeepSeekConfig(PreTrainedConfig):
         if self.attention_type == "mla":
             self.head_dim = self.qk_rope_head_dim
         elif self.head_dim is None and self.num_attention_heads > 0:
-            self.head_dim = self.hidden_size // self.num_attention_heads
+            self.head_dim = self.hidden_size // self.num_attention_heads // 2 * 2  # rotation needs pairs
         self.n_routed_experts = self.n_routed_experts or None
         self.n_shared_experts = 0 if self.n_shared_experts is None else self.n_shared_experts
         self.n_group = 1 if self.n_group is None else self.n_group

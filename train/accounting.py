@@ -14,31 +14,61 @@ def build_meta(config: NanoDeepSeekConfig) -> NanoDeepSeekForCausalLM:
 def count_parameters(config: NanoDeepSeekConfig) -> dict[str, int]:
     """Parameters of the model a config describes, counted on the meta device, router biases included.
 
-    Returns: `total`; `active`, those a token meets (K of E experts); `active_matmul`, active without the input
-    embedding's lookup (an untied one), norms and biases: what costs multiplications.
+    Those biases, E per MoE layer, are buffers: `model.parameters()` has them not, the published totals do.
+
+    Returns: `total`; `active`, those a token meets (K of E experts, the whole indexer); `active_matmul`, active without
+    the input embedding's lookup (an untied one), norms and biases: what costs multiplications; `index_matmul`, the
+    indexers' share of that.
     """
     model = build_meta(config)
-    counts = {"total": 0, "active": 0, "active_matmul": 0}
+    counts = {"total": 0, "active": 0, "active_matmul": 0, "index_matmul": 0}
     biases = {n: b for n, b in model.named_buffers() if n.endswith("e_score_correction_bias")}
     for name, tensor in [*model.named_parameters(), *biases.items()]:
         used = tensor.numel()
         if ".mlp.experts." in name:
             used = used // config.n_routed_experts * config.num_experts_per_tok
         lookup = name == "model.embed_tokens.weight" and not config.tie_word_embeddings
+        multiplied = used if tensor.ndim >= 2 and not lookup else 0
         counts["total"] += tensor.numel()
         counts["active"] += used
-        counts["active_matmul"] += used if tensor.ndim >= 2 and not lookup else 0
+        counts["active_matmul"] += multiplied
+        counts["index_matmul"] += multiplied if ".indexer." in name else 0
     return counts
 
 
 def training_flops_per_token(config: NanoDeepSeekConfig, sequence_length: int) -> float:
-    """Multiply-adds * 2 of forward and backward (3 forwards) for one token, causal attention included.
+    r"""Multiply-adds * 2 of forward and backward for one token of a sequence of S, in the config's `dsa_stage`.
 
-    6 * (active matrix parameters) + 3 * 2 * H * (key width + value width) * T/2 per layer.
+      model:   2 P (M + L H (key width + value width) N)        N = k - k^2 / 2S, k = min(S, index_topk)
+      indexer: 4 I + 2 L j i (S/2 + 2 N)
+    M and I are the active matrix parameters without the indexer's and the indexer's; L layers, H heads, j and i the
+    indexer's heads and their width. N is the mean number of keys that a query attends to, causally: k = S without
+    selection and in the stages `dense` and `warmup`, which gives S/2. P counts passes, each worth a forward: 3, or 1 in
+    `warmup`, where the model has no backward. The indexer scores all S/2 keys and learns from the N; nothing flows back
+    into its inputs, so its matrices cost 2 I in the backward, not 4. It rests in `dense`; with index_loss_coef = 0 it
+    has no backward.
+
+    These are the operations that the equations need, so that runs compare. Left out: what a form of attention adds
+    (gathered latents cost 2c + r per head and key where n + r + v is counted, a mask computes hidden keys too, the
+    loss forms scores and p anew), activation checkpointing, and all that is no matrix product: softmax, norms, routing,
+    the choice of keys, and the sum over the indexer's heads, 1/i of its scores. The mean of min(t, k) is larger than N
+    by k / 2S. Documents packed into a row are counted as one sequence.
     """
+    S, counts = sequence_length, count_parameters(config)
+    indexes = config.has_indexer and config.dsa_stage != "dense"
+    learns = indexes and config.index_loss_coef > 0
+    selects = config.index_topk is not None and config.dsa_stage == "sparse"
+    k = min(S, config.index_topk) if selects else S
+    keys = k - k * k / (2 * S)
     if config.attention_type == "mla":
         width = config.qk_head_dim + config.v_head_dim
     else:
         width = 2 * config.head_dim
-    attention = 3 * config.num_hidden_layers * config.num_attention_heads * width * sequence_length
-    return 6 * count_parameters(config)["active_matmul"] + attention
+    passes = 1 if learns and config.dsa_stage == "warmup" else 3
+    pairs = config.num_hidden_layers * config.num_attention_heads * width * keys
+    flops = 2 * passes * (counts["active_matmul"] - counts["index_matmul"] + pairs)
+    if indexes:
+        scores = config.num_hidden_layers * config.index_n_heads * config.index_head_dim
+        flops += 2 * (counts["index_matmul"] + scores * S / 2)
+        flops += 2 * (counts["index_matmul"] + scores * 2 * keys) if learns else 0
+    return flops

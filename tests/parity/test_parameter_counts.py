@@ -5,7 +5,8 @@ import json
 import pytest
 
 from modeling_nanodeepseek import NanoDeepSeekConfig
-from train.accounting import count_parameters
+from train.accounting import build_meta, count_parameters
+from train.models import build_config
 
 SHARED = {
     "attention_bias": False,
@@ -104,8 +105,17 @@ OFFICIAL = {
         "rope_scaling": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0},
     },
 }
-TOTAL = {"v2-lite": 15_706_484_224, "v2": 235_741_434_880, "v3": 671_026_419_200}
-ACTIVE = {"v2-lite": 2_661_150_208, "v2": 21_375_800_320, "v3": 37_552_297_472}
+# Its own file was not at hand: V3's dimensions, as the V3.2-Exp report says, and its inference code's indexer.
+OFFICIAL["v3.2"] = OFFICIAL["v3"] | {
+    "architectures": ["DeepseekV32ForCausalLM"],
+    "model_type": "deepseek_v32",
+    "index_topk": 2048,
+    "index_n_heads": 64,
+    "index_head_dim": 128,
+}
+TOTAL = {"v2-lite": 15_706_484_224, "v2": 235_741_434_880, "v3": 671_026_419_200, "v3.2": 671_877_944_064}
+ACTIVE = {"v2-lite": 2_661_150_208, "v2": 21_375_800_320, "v3": 37_552_297_472, "v3.2": 38_403_822_336}
+BIASES = {"v2-lite": 0, "v2": 0, "v3": 58 * 256, "v3.2": 58 * 256}  # the router's: buffers, yet in the published counts
 
 
 def official_config(name: str, tmp_path, **changes) -> NanoDeepSeekConfig:
@@ -115,9 +125,18 @@ def official_config(name: str, tmp_path, **changes) -> NanoDeepSeekConfig:
 
 @pytest.mark.parametrize("name", OFFICIAL)
 def test_official_sizes(name, tmp_path):
-    counts = count_parameters(official_config(name, tmp_path))
+    config = official_config(name, tmp_path)
+    counts = count_parameters(config)
     assert counts["total"] == TOTAL[name]
     assert counts["active"] == ACTIVE[name]
+    assert sum(parameter.numel() for parameter in build_meta(config).parameters()) == TOTAL[name] - BIASES[name]
+
+
+def test_the_file_that_ships_means_the_official_one(tmp_path):
+    official, ours = official_config("v3.2", tmp_path), build_config("deepseek-v3.2")
+    for field in NanoDeepSeekConfig.__dataclass_fields__:
+        if field not in ("dtype", "transformers_version"):  # the weights' on disk, and who wrote the file
+            assert getattr(ours, field) == getattr(official, field), field
 
 
 @pytest.mark.parametrize("name", OFFICIAL)
