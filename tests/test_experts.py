@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from modeling_nanodeepseek import experts, update_expert_bias
 from modeling_nanodeepseek.moe import DeepseekMoE
-from tests.conftest import assert_close, graphs, tiny_config, tiny_model, tokens
+from tests.conftest import EARLIER_TRANSFORMERS, assert_close, graphs, tiny_config, tiny_model, tokens
 
 IMPLEMENTATIONS = ["eager", "sorted_mm", "batched_mm", "grouped_mm"]
 AND_ON_A_GPU = [*IMPLEMENTATIONS, "sorted_mm-as-on-a-gpu"]
@@ -250,7 +250,11 @@ def test_the_grouped_road_of_gpus(gemm, gated, threshold, monkeypatch):
         assert_close(reference.grad, parameter.grad, 1e-5, name)
 
 
-@pytest.mark.parametrize("dtype, threshold", [(torch.float32, 0.0), (torch.bfloat16, 0.5)])
+# In transformers 5.17 the backward of what it registers for fp32, grouped_mm_fallback, cannot be compiled.
+COMPILED = [(torch.bfloat16, 0.5)] if EARLIER_TRANSFORMERS else [(torch.float32, 0.0), (torch.bfloat16, 0.5)]
+
+
+@pytest.mark.parametrize("dtype, threshold", COMPILED)
 def test_training_compiles_into_one_graph(dtype, threshold, fresh_compiler):
     """Whatever the split of tokens over experts. A second graph adds to the counts of an earlier forward: none more."""
     overrides = {"num_hidden_layers": 1, "first_k_dense_replace": 0, "adaptive_expert_threshold": threshold}

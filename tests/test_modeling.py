@@ -21,7 +21,15 @@ from modeling_nanodeepseek import (
     NanoDeepSeekModel,
     update_expert_bias,
 )
-from tests.conftest import assert_close, checkpoint_activations, rms_ratio, tiny_config, tiny_model, tokens
+from tests.conftest import (
+    EARLIER_TRANSFORMERS,
+    assert_close,
+    checkpoint_activations,
+    rms_ratio,
+    tiny_config,
+    tiny_model,
+    tokens,
+)
 from tests.small_run import small_tokenizer
 
 ATTENTION = {
@@ -166,6 +174,8 @@ def test_pipeline(source, tmp_path, caplog, recwarn):
     generator = pipeline("text-generation", **given)
     text = generator("the quick brown", max_new_tokens=9, do_sample=False)[0]["generated_text"]
     assert text == tokenizer.decode(written[0], skip_special_tokens=True)
+    if EARLIER_TRANSFORMERS:
+        return  # 5.17's pipeline warns of its own defaults
     assert not [record.getMessage() for record in caplog.records[logged:] if record.levelno >= logging.WARNING]
     assert not [str(warning.message) for warning in list(recwarn)[warned:]]
 

@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 from transformers.distributed import DistributedConfig
 
 from modeling_nanodeepseek import NanoDeepSeekForCausalLM
-from tests.conftest import rms_ratio, tiny_model, tokens
+from tests.conftest import EARLIER_TRANSFORMERS, rms_ratio, tiny_model, tokens
 from tests.distributed import processes
 
 MODELS = {
@@ -87,6 +87,7 @@ def pipeline(rank: int, world: int, folder: str) -> tuple[float, bool, int]:
     return error, same_text, sum(p.numel() for p in model.parameters())
 
 
+@pytest.mark.skipif(EARLIER_TRANSFORMERS, reason="5.17 asks the cache of the first rank's layer for the length on all")
 def test_pipeline_parallel(tmp_path):
     """Inference, which is all that transformers' own pipeline does: each rank holds its layers and no others."""
     model = tiny_model()
