@@ -15,17 +15,17 @@ from .layers import once_differentiable
 from .masks import Visibility
 from .rotary import rotate
 
-# Scores [B, j, C, S] are formed for so many queries C at a time that they hold about so many numbers: on CPUs those of
-# a chunk then stay in a core's cache.
+# What is formed of a chunk of queries holds about so many numbers; on CPUs that is what a core's caches hold.
 CHUNK_NUMBERS = {"cpu": 2**21, "cuda": 2**27}
+BLOCK_NUMBERS = 2**18  # products of queries and keys formed at a time on CPUs: 1 MB
 
 INVISIBLE = -1 << 63  # ranks below every score
 NONE = 2**31 - 1  # sorts behind every position
 
 
-def chunks(tokens: int, numbers_per_token: int, device: torch.device) -> Iterator[tuple[int, int]]:
-    """(start, stop) of parts of `tokens` tokens, each of a size that suits the device."""
-    size = max(1, CHUNK_NUMBERS.get(device.type, 2**24) // max(1, numbers_per_token))
+def chunks(tokens: int, numbers_per_token: int, device: torch.device, least: int = 1) -> Iterator[tuple[int, int]]:
+    """(start, stop) of parts of `tokens` tokens, each of a size that suits the device, and at least of `least`."""
+    size = max(least, CHUNK_NUMBERS.get(device.type, 2**24) // max(1, numbers_per_token))
     for start in range(0, tokens, size):
         yield start, min(start + size, tokens)
 
@@ -54,9 +54,16 @@ def round_to_fp8(x: torch.Tensor) -> torch.Tensor:
 def index_scores(q_BCji: torch.Tensor, w_BCj: torch.Tensor, k_BSi: torch.Tensor) -> torch.Tensor:
     """I_ts = sum_j w_tj ReLU(q_tj . k_s) in fp32 (fp64 for fp64), [B, C, S] (V3.2 report eq. 1)."""
     exact = torch.promote_types(q_BCji.dtype, torch.float32)
-    products_BxS = q_BCji.to(exact).flatten(1, 2) @ k_BSi.to(exact).mT
-    products_BCjS = F.relu(products_BxS, inplace=not torch.is_grad_enabled()).unflatten(1, q_BCji.shape[1:3])
-    return (w_BCj.to(exact)[..., None, :] @ products_BCjS).squeeze(-2)
+    q_Bxi, w_BC1j = q_BCji.to(exact).flatten(1, 2), w_BCj.to(exact)[..., None, :]
+    S, block = k_BSi.shape[1], k_BSi.shape[1]
+    if k_BSi.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        block = max(256, BLOCK_NUMBERS // max(1, q_Bxi.shape[0] * q_Bxi.shape[1]))  # what is reread stays in the cache
+    scores = []
+    for start in range(0, S, block):
+        products_BxS = q_Bxi @ k_BSi[:, start : start + block].to(exact).mT
+        products_BxS = F.relu(products_BxS, inplace=not torch.is_grad_enabled())
+        scores.append((w_BC1j @ products_BxS.unflatten(1, q_BCji.shape[1:3])).squeeze(-2))
+    return scores[0] if len(scores) == 1 else torch.cat(scores, dim=-1)
 
 
 def select_keys(scores_BCS: torch.Tensor, visible_BCS: torch.Tensor | None, topk: int) -> torch.Tensor:
@@ -116,7 +123,7 @@ class KeySelector(nn.Module):
         B, T = shape
         topk = min(self.topk, visibility.keys)
         indices_BTK = torch.full((B, T, topk), -1, dtype=torch.int32, device=k_BSi.device)
-        for start, stop in chunks(T, B * self.heads * visibility.keys, k_BSi.device):
+        for start, stop in chunks(T, B * self.heads * visibility.keys, k_BSi.device, least=16):
             end = visibility.end(stop)
             visible_BCS = None
             if self.always or not visibility.sees_all(start, stop):
