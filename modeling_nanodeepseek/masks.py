@@ -170,8 +170,10 @@ def visibility(
     T = inputs_embeds.shape[1]
     keys = T if past_key_values is None else past_key_values.get_mask_sizes(T, 0)[0]
     past = 0 if past_key_values is None else past_key_values.get_seq_length()
-    if isinstance(past, torch.Tensor) and past.device.type == "cpu" and not torch.compiler.is_compiling():
-        past = int(past)
+    if isinstance(past, torch.Tensor):
+        # A static cache adds to this very tensor when the first layer writes, which is before any layer asks.
+        on_cpu = past.device.type == "cpu" and not torch.compiler.is_compiling()
+        past = int(past) if on_cpu else past.clone()
     if attention_mask is not None and real_token_mask(attention_mask, T) is None:
         return Visibility(keys, past, mask=own_mask(attention_mask))
     real = documents = None

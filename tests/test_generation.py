@@ -9,7 +9,7 @@ from transformers import CompileConfig, DynamicCache, StaticCache
 from transformers.generation.streamers import BaseStreamer
 
 from modeling_nanodeepseek import Fp8LatentCache, LatentCache
-from tests.conftest import assert_close, graphs, tiny_model
+from tests.conftest import SPARSE, assert_close, graphs, tiny_model
 from tests.conftest import tokens as any_tokens
 from tests.parity.test_deepseek_v3 import pair
 
@@ -19,6 +19,7 @@ KINDS = {
     "mla-expanded": {"attention_form": "expanded"},
     "mla-absorbed": {"attention_form": "absorbed"},
     "gqa": GQA,
+    "dsa": SPARSE,
 }
 kinds = pytest.mark.parametrize("kind", KINDS)
 SETTINGS = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": 8}
@@ -144,7 +145,7 @@ def beams_by_hand(model, ids: torch.Tensor, beams: int, new: int) -> torch.Tenso
 
 @kinds
 def test_beam_search(kind):
-    model, ids = tiny_model(**KINDS[kind]), tokens(2, 7)
+    model, ids = tiny_model(**KINDS[kind]), tokens(2, 7, seed=2)
     expected = torch.cat([beams_by_hand(model, row, beams=3, new=6) for row in ids])
     settings = SETTINGS | {"max_new_tokens": 6, "num_beams": 3}
     assert torch.equal(expected, model.generate(ids, num_return_sequences=3, **settings))
@@ -338,6 +339,18 @@ def test_a_mask_per_head(attention, form):
         assert_close(expected, model(tokens(2, 11), attention_mask=mask).logits, 1e-5)
 
 
+def test_a_mask_per_head_or_in_between_selects_no_keys():
+    """Keys are selected for all heads at once, or not."""
+    model, ids = tiny_model(**SPARSE), tokens(2, 11)
+    visible = torch.ones(2, 3, 11, 11, dtype=torch.bool).tril()
+    with pytest.raises(ValueError, match=r"attention_mask has the shape \[2, 3, 11, 11\].* second dim must be 1"):
+        model(ids, attention_mask=visible)
+    with pytest.raises(ValueError, match="between 0 and minus infinity"):
+        model(ids, attention_mask=additive(visible[:, :1]) / 3e38)
+    with pytest.raises(ValueError, match="is_causal=False is not possible with index_topk"):
+        model(ids, is_causal=False)
+
+
 # -- other inputs and outputs ------------------------------------------------------------------------------------------
 
 
@@ -526,7 +539,7 @@ def test_a_static_cache_is_used_again(kind):
         cache.reset()
 
 
-@pytest.mark.parametrize("kind", ["mla-expanded", "mla-absorbed", "gqa"])
+@pytest.mark.parametrize("kind", ["mla-expanded", "mla-absorbed", "gqa", "dsa"])
 @torch.no_grad()
 def test_compiled_with_a_static_cache(kind, fresh_compiler):
     """Prompt and decode step: a graph each for 24 tokens, and for the next text in the same cache."""
@@ -546,7 +559,7 @@ def test_compiled_with_a_static_cache(kind, fresh_compiler):
         assert graphs() == 2
 
 
-@pytest.mark.parametrize("kind", ["mla", "gqa"])
+@pytest.mark.parametrize("kind", ["mla", "gqa", "dsa"])
 def test_generate_compiles_by_itself(kind, fresh_compiler):
     """As on a GPU, where generate() compiles the decode step by default: one graph, also for the second text."""
     model = tiny_model(**ONE_LAYER, **KINDS[kind])
@@ -646,6 +659,34 @@ def test_caches_of_other_models(cached, other, message):
         tiny_model()(tokens(2, 5), past_key_values=cache)
     with pytest.raises(ValueError, match=f"another model's: .*{message}"):
         tiny_model().generate(tokens(2, 9), past_key_values=cache, **SETTINGS)
+
+
+@pytest.mark.parametrize(
+    "before, after, message",
+    [
+        ({"dsa_stage": "dense"}, {}, "holds no keys of the indexer: .* in dsa_stage='dense'"),
+        ({"index_topk": None}, {}, "holds no keys of the indexer: .* by a model without one"),
+        ({}, {"dsa_stage": "dense"}, "holds keys of an indexer: .* not in dsa_stage='dense'"),
+        ({}, {"index_topk": None}, "holds keys of an indexer: it was filled by a model with one"),
+        ({"index_head_dim": 12}, {}, "another model's: its keys of the indexer hold 12 numbers, not 10"),
+    ],
+)
+@pytest.mark.parametrize("cached", ["latent", "fp8", "transformers", "static"])
+@torch.no_grad()
+def test_caches_of_other_stages(cached, before, after, message):
+    """Also where all of its tokens were cropped off: the memory it keeps is of the other width."""
+    before, after = tiny_model(**SPARSE | before), tiny_model(**SPARSE | after)
+    cache = a_cache(cached, before)
+    before(tokens(2, 7), past_key_values=cache)
+    with pytest.raises(ValueError, match=f"The cache {message}.*fresh cache"):
+        after(tokens(2, 5), past_key_values=cache)
+    if cached != "static":
+        cache.crop(-7)
+        with pytest.raises(ValueError, match=f"The cache {message}"):
+            after(tokens(2, 5), past_key_values=cache)
+    cache.reset()
+    if cached in ("latent", "fp8"):
+        assert after(tokens(2, 5), past_key_values=cache).logits.isfinite().all()
 
 
 @torch.no_grad()

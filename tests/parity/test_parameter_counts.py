@@ -1,11 +1,12 @@
 """Parameters of DeepSeek's published models to the unit, from config files as published, built on the meta device."""
 
 import json
+import math
 
 import pytest
 
 from modeling_nanodeepseek import NanoDeepSeekConfig
-from train.accounting import count_parameters
+from train.accounting import build_meta, count_parameters
 
 SHARED = {
     "attention_bias": False,
@@ -104,8 +105,24 @@ OFFICIAL = {
         "rope_scaling": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0},
     },
 }
-TOTAL = {"v2-lite": 15_706_484_224, "v2": 235_741_434_880, "v3": 671_026_419_200}
-ACTIVE = {"v2-lite": 2_661_150_208, "v2": 21_375_800_320, "v3": 37_552_297_472}
+OFFICIAL["v3.2"] = OFFICIAL["v3"] | {
+    "architectures": ["DeepseekV32ForCausalLM"],
+    "model_type": "deepseek_v32",
+    "index_head_dim": 128,
+    "index_n_heads": 64,
+    "index_topk": 2048,
+}
+TOTAL = {"v2-lite": 15_706_484_224, "v2": 235_741_434_880, "v3": 671_026_419_200, "v3.2": 671_877_944_064}
+ACTIVE = {"v2-lite": 2_661_150_208, "v2": 21_375_800_320, "v3": 37_552_297_472, "v3.2": 38_403_822_336}
+
+
+INDEXER = {
+    "wq_b.weight": (8192, 1536),
+    "wk.weight": (128, 7168),
+    "k_norm.weight": (128,),
+    "k_norm.bias": (128,),
+    "weights_proj.weight": (64, 7168),
+}
 
 
 def official_config(name: str, tmp_path, **changes) -> NanoDeepSeekConfig:
@@ -118,6 +135,17 @@ def test_official_sizes(name, tmp_path):
     counts = count_parameters(official_config(name, tmp_path))
     assert counts["total"] == TOTAL[name]
     assert counts["active"] == ACTIVE[name]
+
+
+def test_the_indexer_of_v32(tmp_path):
+    """13,959,424 parameters in each layer, those with dense feed-forward too; router biases are no parameters."""
+    model = build_meta(official_config("v3.2", tmp_path))
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    assert sum(math.prod(shape) for shape in shapes.values()) == 671_877_929_216
+    for layer in range(61):
+        prefix = f"model.layers.{layer}.self_attn.indexer."
+        assert {name.removeprefix(prefix): s for name, s in shapes.items() if name.startswith(prefix)} == INDEXER
+    assert sum(math.prod(shape) for shape in INDEXER.values()) == 13_959_424
 
 
 @pytest.mark.parametrize("name", OFFICIAL)
