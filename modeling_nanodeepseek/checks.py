@@ -57,6 +57,9 @@ def check_indices(
             raise ValueError(
                 f"index_topk_indices holds {int(chosen.min())}..{int(chosen.max())}: keys are 0..{S - 1}, -1 is none."
             )
+        ordered = chosen.sort(-1).values if chosen.device.type == "cpu" else chosen[..., :0]
+        if ((ordered.diff(dim=-1) == 0) & (ordered[..., 1:] >= 0)).any():
+            raise ValueError("index_topk_indices holds a key twice for one query: it would count twice, if gathered.")
 
 
 def check_length(

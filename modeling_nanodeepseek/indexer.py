@@ -22,7 +22,13 @@ CHUNK_NUMBERS = {"cpu": 2**21, "cuda": 2**27}
 
 def chunks(tokens: int, numbers_per_token: int, device: torch.device) -> Iterator[tuple[int, int]]:
     """(start, stop) of parts of `tokens` tokens, each of a size that suits the device."""
-    size = max(1, CHUNK_NUMBERS.get(device.type, 2**24) // max(1, numbers_per_token))
+    budget = CHUNK_NUMBERS.get(device.type, 2**24)
+    if tokens * numbers_per_token <= budget or tokens == 1:
+        # Not by the loop below, for a compiler: of a loop it makes a graph for one size alone, and decoding another
+        # at every token.
+        yield 0, tokens
+        return
+    size = max(1, budget // numbers_per_token)
     for start in range(0, tokens, size):
         yield start, min(start + size, tokens)
 

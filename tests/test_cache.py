@@ -211,9 +211,10 @@ def test_reset_starts_over_with_another_batch(kind):
         assert torch.equal(fresh, model(ids, past_key_values=cache).logits)
 
 
-def test_a_static_cache_reorders_and_resets():
+@pytest.mark.parametrize("attention", KINDS)
+def test_a_static_cache_reorders_and_resets(attention):
     """What transformers defines of its static cache; it cannot be cropped, repeated or selected from."""
-    model, ids, more = tiny_model(), tokens(3, 9), tokens(3, 4, seed=9)
+    model, ids, more = tiny_model(**KINDS[attention]), tokens(3, 9), tokens(3, 4, seed=9)
     cache = StaticCache(config=model.config, max_cache_len=16)
     order = torch.tensor([2, 0, 0])
     with torch.no_grad():

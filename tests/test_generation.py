@@ -411,10 +411,10 @@ def a_cache(name: str, model):
 
 
 @pytest.mark.parametrize("cached", ["latent", "fp8", "transformers", "static"])
-@pytest.mark.parametrize("form", ["expanded", "absorbed"])
-def test_a_conversation(form, cached):
+@pytest.mark.parametrize("kind", ["mla-expanded", "mla-absorbed", "dsa"])
+def test_a_conversation(kind, cached):
     """Three turns on one cache: each equals reading everything so far from the beginning."""
-    model, rows = tiny_model(attention_form=form), uneven_rows()
+    model, rows = tiny_model(**KINDS[kind]), uneven_rows()
     ids, mask = padded(rows)
     kept = a_cache(cached, model)
     for turn in range(3):
@@ -471,8 +471,9 @@ def test_chunked_prefill(cache, chunk, kind):
 
 @pytest.mark.parametrize("implementation", [None, "dynamic", "static", "quantized"])
 @pytest.mark.parametrize("mode", ["greedy", "beams", "samples"])
-def test_caches_in_every_mode(mode, implementation):
-    model, (ids, mask) = tiny_model(), padded(uneven_rows())
+@pytest.mark.parametrize("kind", ["mla", "dsa"])
+def test_caches_in_every_mode(kind, mode, implementation):
+    model, (ids, mask) = tiny_model(**KINDS[kind]), padded(uneven_rows())
     modes = {"greedy": {}, "beams": {"num_beams": 3}, "samples": {"do_sample": True, "num_return_sequences": 2}}
     settings = SETTINGS | modes[mode] | {"attention_mask": mask, "cache_implementation": implementation}
     kind = {"static": StaticCache, "quantized": Fp8LatentCache}.get(implementation, LatentCache)
@@ -506,7 +507,7 @@ def test_the_choice_of_cache_is_saved_with_the_model(tmp_path):
     assert type(output.past_key_values) is Fp8LatentCache
 
 
-@pytest.mark.parametrize("kind", ["mla", "gqa"])
+@pytest.mark.parametrize("kind", ["mla", "gqa", "dsa"])
 @pytest.mark.parametrize("implementation", ["offloaded", "offloaded_static"])
 def test_offloading(implementation, kind):
     model, ids = tiny_model(**KINDS[kind]), tokens(2, 7)
@@ -574,10 +575,12 @@ def test_generate_compiles_by_itself(kind, fresh_compiler):
 
 
 @pytest.mark.parametrize("kind", [LatentCache, Fp8LatentCache])
+@pytest.mark.parametrize("attention", [{}, SPARSE | {"sparse_form": "gathered"}], ids=["mla", "dsa"])
 @torch.no_grad()
-def test_compiled_decoding_with_a_growing_cache(kind, fresh_compiler):
-    """A graph for the first length, one for all lengths after it; none per token."""
-    model, ids = tiny_model(**ONE_LAYER), tokens(2, 7)
+def test_compiled_decoding_with_a_growing_cache(attention, kind, fresh_compiler):
+    """A graph for the first length, one for all lengths after it; none per token. (With the form of sparse attention
+    left to its cost, one more where that changes.)"""
+    model, ids = tiny_model(**ONE_LAYER, **attention), tokens(2, 7)
     step = torch.compile(model.forward, fullgraph=True, backend="eager")
     cache, seen = kind(model.config), []
     chosen = choose_best(model(ids, past_key_values=cache).logits[:, -1])

@@ -120,7 +120,7 @@ def test_parts_of_tokens(monkeypatch):
     parts = lambda *sizes: list(indexer.chunks(*sizes, torch.device("cpu")))  # noqa: E731
     assert parts(7, 33) == [(0, 3), (3, 6), (6, 7)]
     assert parts(2, 1000) == [(0, 1), (1, 2)]
-    assert parts(5, 0) == [(0, 5)] and parts(0, 3) == []
+    assert parts(5, 0) == [(0, 5)] and parts(0, 3) == [(0, 0)]
 
 
 def visibilities() -> dict:
