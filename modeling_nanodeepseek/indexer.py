@@ -50,7 +50,8 @@ def hadamard(x: torch.Tensor) -> torch.Tensor:
 def round_to_fp8(x: torch.Tensor) -> torch.Tensor:
     """x rounded to E4M3 with one scale per vector, a power of two (UE8M0) not below max |x| / 448; same dtype."""
     largest = x.float().abs().amax(-1, keepdim=True).clamp(min=1e-4)
-    scale = torch.exp2(torch.ceil(torch.log2(largest / torch.finfo(torch.float8_e4m3fn).max)))
+    bits = (largest / torch.finfo(torch.float8_e4m3fn).max).view(torch.int32)
+    scale = ((bits + 0x7FFFFF) & 0x7F800000).view(torch.float)  # up to a power of two: carried into the exponent
     return ((x.float() / scale).to(torch.float8_e4m3fn).float() * scale).to(x.dtype)
 
 
