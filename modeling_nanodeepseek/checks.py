@@ -57,6 +57,9 @@ def check_indices(
             raise ValueError(
                 f"index_topk_indices holds {int(chosen.min())}..{int(chosen.max())}: keys are 0..{S - 1}, -1 is none."
             )
+        ordered = chosen.sort(-1).values if chosen.device.type == "cpu" else chosen[..., :0]
+        if ((ordered.diff(dim=-1) == 0) & (ordered[..., 1:] >= 0)).any():
+            raise ValueError("index_topk_indices holds a key twice for one query: it would count twice, if gathered.")
 
 
 def check_length(
@@ -118,16 +121,27 @@ def check_cache(config: NanoDeepSeekConfig, cache: Cache, batch: int):
             f"The cache is another model's: per token and layer it holds {shape[1]} x {shape[3]} numbers as keys, and "
             f"this model writes {heads} x {width}."
         )
-    values = layer.values
-    if config.has_indexer and config.dsa_stage != "dense" and values is not None and values.shape[-1] == 0 != shape[2]:
-        raise ValueError(
-            "The cache holds no keys of the indexer: it was filled by a model without one, or in dsa_stage='dense'."
-        )
+    if config.attention_type == "mla":
+        check_indexer_keys(config, layer.values)
     if shape[0] != batch:
         raise ValueError(
             f"The cache holds a batch of {shape[0]}, and the input is a batch of {batch}: they must be equal "
             "(batch_repeat_interleave and batch_select_indices change the cache's)."
         )
+
+
+def check_indexer_keys(config: NanoDeepSeekConfig, values: torch.Tensor):
+    """What a cache holds as values, [B, 1, S, width]: keys of the indexer, or nothing while it rests."""
+    width = 0 if config.dsa_stage == "dense" else config.index_width
+    if values.shape[-1] == width:
+        return
+    if values.shape[-1] == 0:
+        wrong = "holds no keys of the indexer: it was filled by a model without one, or in dsa_stage='dense'"
+    elif width == 0:
+        wrong = "holds keys of an indexer: it was filled by a model with one, or not in dsa_stage='dense'"
+    else:
+        wrong = f"is another model's: its keys of the indexer hold {values.shape[-1]} numbers, not {width}"
+    raise ValueError(f"The cache {wrong}. Begin with a fresh cache, and read the text anew.")
 
 
 def check_mask(config: NanoDeepSeekConfig, mask: torch.Tensor, B: int, T: int, S: int, past: int | None):

@@ -458,10 +458,9 @@ class NanoDeepSeekConfig(PreTrainedConfig):
         mla = self.attention_type == "mla"
         self._require(mla, "index_topk", "keys are selected in MLA alone; use attention_type='mla', or None here")
         always = self.index_window + self.index_global_tokens
-        for field in ["index_window", "index_global_tokens"]:
-            fits = always <= self.index_topk
-            sum_ = f"index_window + index_global_tokens is {always}, and index_topk only {self.index_topk}"
-            self._require(fits, field, sum_)
+        larger = "index_window" if self.index_window >= self.index_global_tokens else "index_global_tokens"
+        sum_ = f"index_window + index_global_tokens is {always}, and index_topk only {self.index_topk}"
+        self._require(always <= self.index_topk, larger, sum_)
         if self.index_pattern == "fixed":
             exact = f"a fixed pattern keeps index_window + index_global_tokens = {always} keys, so it must be {always}"
             self._require(self.index_topk == always, "index_topk", exact)

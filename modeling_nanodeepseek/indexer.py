@@ -25,7 +25,13 @@ NONE = 2**31 - 1  # sorts behind every position
 
 def chunks(tokens: int, numbers_per_token: int, device: torch.device, least: int = 1) -> Iterator[tuple[int, int]]:
     """(start, stop) of parts of `tokens` tokens, each of a size that suits the device, and at least of `least`."""
-    size = max(least, CHUNK_NUMBERS.get(device.type, 2**24) // max(1, numbers_per_token))
+    budget = CHUNK_NUMBERS.get(device.type, 2**24)
+    if tokens * numbers_per_token <= budget or tokens == 1:
+        # Not by the loop below, for a compiler: of a loop it makes a graph for one size alone, and decoding another
+        # at every token.
+        yield 0, tokens
+        return
+    size = max(least, budget // numbers_per_token)
     for start in range(0, tokens, size):
         yield start, min(start + size, tokens)
 
@@ -47,7 +53,8 @@ def hadamard(x: torch.Tensor) -> torch.Tensor:
 def round_to_fp8(x: torch.Tensor) -> torch.Tensor:
     """x rounded to E4M3 with one scale per vector, a power of two (UE8M0) not below max |x| / 448; same dtype."""
     largest = x.float().abs().amax(-1, keepdim=True).clamp(min=1e-4)
-    scale = torch.exp2(torch.ceil(torch.log2(largest / torch.finfo(torch.float8_e4m3fn).max)))
+    bits = (largest / torch.finfo(torch.float8_e4m3fn).max).view(torch.int32)
+    scale = ((bits + 0x7FFFFF) & 0x7F800000).view(torch.float)  # up to a power of two: carried into the exponent
     return ((x.float() / scale).to(torch.float8_e4m3fn).float() * scale).to(x.dtype)
 
 

@@ -238,7 +238,8 @@ class NanoDeepSeekModel(NanoDeepSeekPreTrainedModel):
             past_key_values: a cache to read and extend.
             use_cache: return a cache; ignored in training unless one is passed.
             index_topk_indices: per layer the keys to attend to, [B, T, any], -1 for none, instead of those its indexer
-                would choose: a replay of what `output_index_topk_indices` returned. They must be visible.
+                would choose: a replay of what `output_index_topk_indices` returned. They must be visible
+                (a key of the future is not refused), and none twice.
 
         Raises: ValueError for both or neither of ids and embeddings, for an id outside the vocabulary (on a CPU; an
             accelerator would have to wait for the answer), and for a mask, positions or a cache that do not belong

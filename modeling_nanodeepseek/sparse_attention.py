@@ -100,7 +100,7 @@ def _gathered(latent_Ml: torch.Tensor, indices_NK: torch.Tensor):
             hidden = None
         else:
             indices = indices.clamp(min=0)
-        keys_NKl = latent_Ml.index_select(0, indices.flatten()).view(stop - start, K, -1)
+        keys_NKl = latent_Ml.index_select(0, indices.flatten()).view(stop - start, K, latent_Ml.shape[1])
         yield start, stop, keys_NKl, None if hidden is None else hidden[:, None]
 
 

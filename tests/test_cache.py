@@ -8,9 +8,10 @@ from transformers import StaticCache
 
 from modeling_nanodeepseek import Fp8LatentCache, LatentCache
 from modeling_nanodeepseek.cache import GROWTH, RESERVE, Fp8Layer, GrowingLayer
-from tests.conftest import assert_close, rms_ratio, tiny_config, tiny_model, tokens
+from tests.conftest import SPARSE, assert_close, rms_ratio, tiny_config, tiny_model, tokens
 
 CACHES = {"latent": LatentCache, "fp8": Fp8LatentCache}
+KINDS = {"expanded": {"attention_form": "expanded"}, "absorbed": {"attention_form": "absorbed"}, "dsa": SPARSE}
 
 
 def filled(model, ids, kind=LatentCache):
@@ -28,6 +29,17 @@ def test_it_holds_the_latents_and_nothing_more():
     assert cache.get_seq_length() == 31
     half = filled(model.to(torch.bfloat16), tokens(2, 31))
     assert half.nbytes() == cache.nbytes() // 2
+
+
+def test_it_holds_the_keys_of_the_indexer_as_values():
+    model = tiny_model(**SPARSE)
+    cache = filled(model, tokens(2, 31))
+    assert cache.nbytes() == 2 * 31 * 3 * (22 + 6 + 10) * 4
+    assert all(layer.keys.shape[-1] == 28 and layer.values.shape == (2, 1, 31, 10) for layer in cache.layers)
+    rounded = filled(model, tokens(2, 31), Fp8LatentCache)
+    assert rounded.nbytes() == 2 * 31 * 3 * (22 + 4 + 2 * 6 + 10 * 4)
+    model.config.dsa_stage = "dense"
+    assert filled(model, tokens(2, 31)).nbytes() == 2 * 31 * 3 * (22 + 6) * 4
 
 
 def test_generate_and_forward_build_it():
@@ -76,12 +88,12 @@ OPERATIONS = {
 }
 
 
-@pytest.mark.parametrize("form", ["expanded", "absorbed"])
+@pytest.mark.parametrize("attention", KINDS)
 @pytest.mark.parametrize("kind", CACHES)
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_operations_then_continue(operation, kind, form):
+def test_operations_then_continue(operation, kind, attention):
     """After the operation, continuing token by token must equal one forward of the whole."""
-    model = tiny_model(attention_form=form)
+    model = tiny_model(**KINDS[attention])
     ids, more = tokens(3, 12), tokens(6, 5, seed=9)
     cache = filled(model, ids, CACHES[kind])
     act, same = OPERATIONS[operation]
@@ -199,9 +211,10 @@ def test_reset_starts_over_with_another_batch(kind):
         assert torch.equal(fresh, model(ids, past_key_values=cache).logits)
 
 
-def test_a_static_cache_reorders_and_resets():
+@pytest.mark.parametrize("attention", KINDS)
+def test_a_static_cache_reorders_and_resets(attention):
     """What transformers defines of its static cache; it cannot be cropped, repeated or selected from."""
-    model, ids, more = tiny_model(), tokens(3, 9), tokens(3, 4, seed=9)
+    model, ids, more = tiny_model(**KINDS[attention]), tokens(3, 9), tokens(3, 4, seed=9)
     cache = StaticCache(config=model.config, max_cache_len=16)
     order = torch.tensor([2, 0, 0])
     with torch.no_grad():

@@ -8,7 +8,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
 from modeling_nanodeepseek import NanoDeepSeekConfig
-from tests.conftest import tiny_config
+from tests.conftest import SPARSE, tiny_config
 from train.models import build_config, build_model, model_files, variants
 
 REFUSED = [
@@ -59,6 +59,28 @@ REFUSED = [
     ({"validate_sizes": 3}, ["no field 'validate_sizes'"]),
     ({"model_type": "deepseek_v2"}, ["'deepseek_v2'", "from_pretrained"]),
     ({"hidden_size": "big"}, ["hidden_size", "expected int", "big"]),
+    (SPARSE | {"index_topk": 0}, ["index_topk=0", "at least 1, or None"]),
+    (SPARSE | {"index_topk": -1}, ["index_topk=-1", "at least 1, or None"]),
+    (SPARSE | {"index_topk": 2.5}, ["index_topk", "2.5"]),
+    (SPARSE | {"q_lora_rank": None}, ["q_lora_rank=None", "reads the query latent", "index_topk=None"]),
+    (SPARSE | {"index_window": 6}, ["index_window=6", "is 6, and index_topk only 5"]),
+    (SPARSE | {"index_window": 3, "index_global_tokens": 3}, ["index_window=3", "is 6, and index_topk only 5"]),
+    (SPARSE | {"index_window": -1}, ["index_window=-1", "at least 0"]),
+    (SPARSE | {"index_global_tokens": -2}, ["index_global_tokens=-2", "at least 0"]),
+    (SPARSE | {"index_global_tokens": 6}, ["index_global_tokens=6", "is 6, and index_topk only 5"]),
+    (SPARSE | {"index_loss_coef": -0.5}, ["index_loss_coef=-0.5", "at least 0"]),
+    ({"index_pattern": "random"}, ["index_pattern='random'", "'learned', 'fixed'"]),
+    ({"dsa_stage": "sparse_training"}, ["dsa_stage='sparse_training'", "'dense', 'warmup', 'sparse'"]),
+    ({"sparse_form": "flash"}, ["sparse_form='flash'", "'gathered'"]),
+    (SPARSE | {"attention_type": "gqa", "head_dim": 8}, ["index_topk=5", "attention_type='mla'"]),
+    (SPARSE | {"index_pattern": "fixed", "index_window": 4}, ["index_topk=5", "= 4 keys", "must be 4"]),
+    (
+        {"index_topk": 4, "index_window": 4, "index_pattern": "fixed", "dsa_stage": "warmup"},
+        ["dsa_stage='warmup'", "no indexer"],
+    ),
+    (SPARSE | {"index_n_heads": 0}, ["index_n_heads=0", "at least 1"]),
+    (SPARSE | {"index_head_dim": 4}, ["index_head_dim=4", "qk_rope_head_dim=6"]),
+    (SPARSE | {"index_hadamard": True}, ["index_head_dim=10", "index_hadamard=True", "power of two"]),
 ]
 
 

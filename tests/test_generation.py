@@ -9,7 +9,7 @@ from transformers import CompileConfig, DynamicCache, StaticCache
 from transformers.generation.streamers import BaseStreamer
 
 from modeling_nanodeepseek import Fp8LatentCache, LatentCache
-from tests.conftest import assert_close, graphs, tiny_model
+from tests.conftest import SPARSE, assert_close, graphs, tiny_model
 from tests.conftest import tokens as any_tokens
 from tests.parity.test_deepseek_v3 import pair
 
@@ -19,6 +19,7 @@ KINDS = {
     "mla-expanded": {"attention_form": "expanded"},
     "mla-absorbed": {"attention_form": "absorbed"},
     "gqa": GQA,
+    "dsa": SPARSE,
 }
 kinds = pytest.mark.parametrize("kind", KINDS)
 SETTINGS = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": 8}
@@ -144,7 +145,7 @@ def beams_by_hand(model, ids: torch.Tensor, beams: int, new: int) -> torch.Tenso
 
 @kinds
 def test_beam_search(kind):
-    model, ids = tiny_model(**KINDS[kind]), tokens(2, 7)
+    model, ids = tiny_model(**KINDS[kind]), tokens(2, 7, seed=2)
     expected = torch.cat([beams_by_hand(model, row, beams=3, new=6) for row in ids])
     settings = SETTINGS | {"max_new_tokens": 6, "num_beams": 3}
     assert torch.equal(expected, model.generate(ids, num_return_sequences=3, **settings))
@@ -338,6 +339,18 @@ def test_a_mask_per_head(attention, form):
         assert_close(expected, model(tokens(2, 11), attention_mask=mask).logits, 1e-5)
 
 
+def test_a_mask_per_head_or_in_between_selects_no_keys():
+    """Keys are selected for all heads at once, or not."""
+    model, ids = tiny_model(**SPARSE), tokens(2, 11)
+    visible = torch.ones(2, 3, 11, 11, dtype=torch.bool).tril()
+    with pytest.raises(ValueError, match=r"attention_mask has the shape \[2, 3, 11, 11\].* second dim must be 1"):
+        model(ids, attention_mask=visible)
+    with pytest.raises(ValueError, match="between 0 and minus infinity"):
+        model(ids, attention_mask=additive(visible[:, :1]) / 3e38)
+    with pytest.raises(ValueError, match="is_causal=False is not possible with index_topk"):
+        model(ids, is_causal=False)
+
+
 # -- other inputs and outputs ------------------------------------------------------------------------------------------
 
 
@@ -398,10 +411,10 @@ def a_cache(name: str, model):
 
 
 @pytest.mark.parametrize("cached", ["latent", "fp8", "transformers", "static"])
-@pytest.mark.parametrize("form", ["expanded", "absorbed"])
-def test_a_conversation(form, cached):
+@pytest.mark.parametrize("kind", ["mla-expanded", "mla-absorbed", "dsa"])
+def test_a_conversation(kind, cached):
     """Three turns on one cache: each equals reading everything so far from the beginning."""
-    model, rows = tiny_model(attention_form=form), uneven_rows()
+    model, rows = tiny_model(**KINDS[kind]), uneven_rows()
     ids, mask = padded(rows)
     kept = a_cache(cached, model)
     for turn in range(3):
@@ -458,8 +471,9 @@ def test_chunked_prefill(cache, chunk, kind):
 
 @pytest.mark.parametrize("implementation", [None, "dynamic", "static", "quantized"])
 @pytest.mark.parametrize("mode", ["greedy", "beams", "samples"])
-def test_caches_in_every_mode(mode, implementation):
-    model, (ids, mask) = tiny_model(), padded(uneven_rows())
+@pytest.mark.parametrize("kind", ["mla", "dsa"])
+def test_caches_in_every_mode(kind, mode, implementation):
+    model, (ids, mask) = tiny_model(**KINDS[kind]), padded(uneven_rows())
     modes = {"greedy": {}, "beams": {"num_beams": 3}, "samples": {"do_sample": True, "num_return_sequences": 2}}
     settings = SETTINGS | modes[mode] | {"attention_mask": mask, "cache_implementation": implementation}
     kind = {"static": StaticCache, "quantized": Fp8LatentCache}.get(implementation, LatentCache)
@@ -493,7 +507,7 @@ def test_the_choice_of_cache_is_saved_with_the_model(tmp_path):
     assert type(output.past_key_values) is Fp8LatentCache
 
 
-@pytest.mark.parametrize("kind", ["mla", "gqa"])
+@pytest.mark.parametrize("kind", ["mla", "gqa", "dsa"])
 @pytest.mark.parametrize("implementation", ["offloaded", "offloaded_static"])
 def test_offloading(implementation, kind):
     model, ids = tiny_model(**KINDS[kind]), tokens(2, 7)
@@ -526,7 +540,7 @@ def test_a_static_cache_is_used_again(kind):
         cache.reset()
 
 
-@pytest.mark.parametrize("kind", ["mla-expanded", "mla-absorbed", "gqa"])
+@pytest.mark.parametrize("kind", ["mla-expanded", "mla-absorbed", "gqa", "dsa"])
 @torch.no_grad()
 def test_compiled_with_a_static_cache(kind, fresh_compiler):
     """Prompt and decode step: a graph each for 24 tokens, and for the next text in the same cache."""
@@ -546,7 +560,7 @@ def test_compiled_with_a_static_cache(kind, fresh_compiler):
         assert graphs() == 2
 
 
-@pytest.mark.parametrize("kind", ["mla", "gqa"])
+@pytest.mark.parametrize("kind", ["mla", "gqa", "dsa"])
 def test_generate_compiles_by_itself(kind, fresh_compiler):
     """As on a GPU, where generate() compiles the decode step by default: one graph, also for the second text."""
     model = tiny_model(**ONE_LAYER, **KINDS[kind])
@@ -561,10 +575,12 @@ def test_generate_compiles_by_itself(kind, fresh_compiler):
 
 
 @pytest.mark.parametrize("kind", [LatentCache, Fp8LatentCache])
+@pytest.mark.parametrize("attention", [{}, SPARSE | {"sparse_form": "gathered"}], ids=["mla", "dsa"])
 @torch.no_grad()
-def test_compiled_decoding_with_a_growing_cache(kind, fresh_compiler):
-    """A graph for the first length, one for all lengths after it; none per token."""
-    model, ids = tiny_model(**ONE_LAYER), tokens(2, 7)
+def test_compiled_decoding_with_a_growing_cache(attention, kind, fresh_compiler):
+    """A graph for the first length, one for all lengths after it; none per token. (With the form of sparse attention
+    left to its cost, one more where that changes.)"""
+    model, ids = tiny_model(**ONE_LAYER, **attention), tokens(2, 7)
     step = torch.compile(model.forward, fullgraph=True, backend="eager")
     cache, seen = kind(model.config), []
     chosen = choose_best(model(ids, past_key_values=cache).logits[:, -1])
@@ -646,6 +662,34 @@ def test_caches_of_other_models(cached, other, message):
         tiny_model()(tokens(2, 5), past_key_values=cache)
     with pytest.raises(ValueError, match=f"another model's: .*{message}"):
         tiny_model().generate(tokens(2, 9), past_key_values=cache, **SETTINGS)
+
+
+@pytest.mark.parametrize(
+    "before, after, message",
+    [
+        ({"dsa_stage": "dense"}, {}, "holds no keys of the indexer: .* in dsa_stage='dense'"),
+        ({"index_topk": None}, {}, "holds no keys of the indexer: .* by a model without one"),
+        ({}, {"dsa_stage": "dense"}, "holds keys of an indexer: .* not in dsa_stage='dense'"),
+        ({}, {"index_topk": None}, "holds keys of an indexer: it was filled by a model with one"),
+        ({"index_head_dim": 12}, {}, "another model's: its keys of the indexer hold 12 numbers, not 10"),
+    ],
+)
+@pytest.mark.parametrize("cached", ["latent", "fp8", "transformers", "static"])
+@torch.no_grad()
+def test_caches_of_other_stages(cached, before, after, message):
+    """Also where all of its tokens were cropped off: the memory it keeps is of the other width."""
+    before, after = tiny_model(**SPARSE | before), tiny_model(**SPARSE | after)
+    cache = a_cache(cached, before)
+    before(tokens(2, 7), past_key_values=cache)
+    with pytest.raises(ValueError, match=f"The cache {message}.*fresh cache"):
+        after(tokens(2, 5), past_key_values=cache)
+    if cached != "static":
+        cache.crop(-7)
+        with pytest.raises(ValueError, match=f"The cache {message}"):
+            after(tokens(2, 5), past_key_values=cache)
+    cache.reset()
+    if cached in ("latent", "fp8"):
+        assert after(tokens(2, 5), past_key_values=cache).logits.isfinite().all()
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """Parameters of DeepSeek's published models to the unit, from config files as published, built on the meta device."""
 
 import json
+import math
 
 import pytest
 
@@ -117,6 +118,14 @@ TOTAL = {"v2-lite": 15_706_484_224, "v2": 235_741_434_880, "v3": 671_026_419_200
 ACTIVE = {"v2-lite": 2_661_150_208, "v2": 21_375_800_320, "v3": 37_552_297_472, "v3.2": 38_403_822_336}
 BIASES = {"v2-lite": 0, "v2": 0, "v3": 58 * 256, "v3.2": 58 * 256}  # the router's: buffers, yet in the published counts
 
+INDEXER = {
+    "wq_b.weight": (8192, 1536),
+    "wk.weight": (128, 7168),
+    "k_norm.weight": (128,),
+    "k_norm.bias": (128,),
+    "weights_proj.weight": (64, 7168),
+}
+
 
 def official_config(name: str, tmp_path, **changes) -> NanoDeepSeekConfig:
     (tmp_path / "config.json").write_text(json.dumps(SHARED | OFFICIAL[name] | changes))
@@ -137,6 +146,17 @@ def test_the_file_that_ships_means_the_official_one(tmp_path):
     for field in NanoDeepSeekConfig.__dataclass_fields__:
         if field not in ("dtype", "transformers_version"):  # the weights' on disk, and who wrote the file
             assert getattr(ours, field) == getattr(official, field), field
+
+
+def test_the_indexer_of_v32(tmp_path):
+    """13,959,424 parameters in each layer, those with dense feed-forward too; router biases are no parameters."""
+    model = build_meta(official_config("v3.2", tmp_path))
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    assert sum(math.prod(shape) for shape in shapes.values()) == 671_877_929_216
+    for layer in range(61):
+        prefix = f"model.layers.{layer}.self_attn.indexer."
+        assert {name.removeprefix(prefix): s for name, s in shapes.items() if name.startswith(prefix)} == INDEXER
+    assert sum(math.prod(shape) for shape in INDEXER.values()) == 13_959_424
 
 
 @pytest.mark.parametrize("name", OFFICIAL)
