@@ -2,9 +2,10 @@
 
 Multi-head latent attention stores one vector per token and layer, [normalised latent ; rotated rope key], of
 kv_lora_rank + qk_rope_head_dim numbers (V2 report section 2.1.3; V3: 576 numbers, 1152 bytes in bf16, against 40960
-for the expanded keys and values). Attention writes it through `Cache.update` as the *keys*; the *values* are the lightning
-indexer's keys where there is one, of index_head_dim numbers, and else of width 0. So every cache of transformers can
-hold both, and what is done to a cache is done to both; these ones grow without copying themselves at each token.
+for the expanded keys and values). Attention writes it through `Cache.update` as the *keys*; the *values* are the
+lightning indexer's keys where there is one, of index_head_dim numbers, and else of width 0. So every cache of
+transformers can hold both, and what is done to a cache is done to both; these ones grow without copying themselves at
+each token.
 """
 
 import torch
@@ -197,7 +198,8 @@ def check_offloading():
 class LatentCache(Cache):
     r"""The latents of every layer of one batch.
 
-    With an indexer, its keys lie beside them. Built by `generate()` and by `forward(use_cache=True)`; to continue from it, pass it as `past_key_values`.
+    With an indexer, its keys lie beside them. Built by `generate()` and by `forward(use_cache=True)`; to continue from
+    it, pass it as `past_key_values`.
 
     Args:
         config: the model's config; its number of layers is taken from it.
@@ -235,8 +237,9 @@ class LatentCache(Cache):
 class Fp8LatentCache(LatentCache):
     r"""A LatentCache that holds its latents in FP8 (E4M3, one fp32 scale per 128 numbers) and its rope keys in bf16.
 
-    V3: 656 bytes per token and layer instead of 1152. An indexer's keys stay in the model's dtype. What it saves is memory held between calls: attention computes
-    in the model's dtype, on states dequantised anew at each call, so no bytes are saved in moving and no time is won.
+    V3: 656 bytes per token and layer instead of 1152. An indexer's keys stay in the model's dtype. What it saves is
+    memory held between calls: attention computes in the model's dtype, on states dequantised anew at each call, so no
+    bytes are saved in moving and no time is won.
     Each latent is off by 2.6 % of its RMS; docs/log.md has what that does to logits.
 
     Give it to `forward` or `generate` as `past_key_values`; `generate(cache_implementation="quantized",
