@@ -244,7 +244,10 @@ def inference_models(args: argparse.Namespace, ids: torch.Tensor) -> tuple[dict[
 
 def measure_prefill(args: argparse.Namespace) -> dict:
     ids = prompt(args, args.batch or 1, args.context or 2048)
-    models, _, error = inference_models(args, ids)
+    if args.alone:
+        models, error = {"ours": build("ours", args).eval().to(DTYPES[args.dtype])}, {}
+    else:
+        models, _, error = inference_models(args, ids)
     runs = {kind: compiled(model, args) for kind, model in models.items()}
     steps = {kind: lambda run=run: last_logits(run, ids) for kind, run in runs.items()}
     seconds = take_turns(steps, args)
