@@ -4,6 +4,7 @@ Letters of the shape suffixes: B batch, T query tokens, C queries of a chunk, S 
 heads, i their width, K = index_topk, d hidden, q = q_lora_rank, H attention heads.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 
 import torch
@@ -56,6 +57,18 @@ def round_to_fp8(x: torch.Tensor) -> torch.Tensor:
     bits = (largest / torch.finfo(torch.float8_e4m3fn).max).view(torch.int32)
     scale = ((bits + 0x7FFFFF) & 0x7F800000).view(torch.float)  # up to a power of two: carried into the exponent
     return ((x.float() / scale).to(torch.float8_e4m3fn).float() * scale).to(x.dtype)
+
+
+def exactly(forward):
+    """For the forward of a module whose products autocast must leave in fp32: rounded scores tie, and choose others."""
+
+    @functools.wraps(forward)
+    def run(*args, **kwargs):
+        device = next(arg for arg in reversed(args) if isinstance(arg, torch.Tensor)).device
+        with torch.autocast(device.type, enabled=False):
+            return forward(*args, **kwargs)
+
+    return run
 
 
 def index_scores(q_BCji: torch.Tensor, w_BCj: torch.Tensor, k_BSi: torch.Tensor) -> torch.Tensor:
@@ -126,6 +139,7 @@ class KeySelector(nn.Module):
         self.heads = config.index_n_heads if self.learned else 1
 
     @torch.no_grad()
+    @exactly
     def forward(self, q_BTji, w_BTj, k_BSi, visibility: Visibility, shape: tuple[int, int]) -> torch.Tensor:
         B, T = shape
         topk = min(self.topk, visibility.keys)
@@ -241,6 +255,7 @@ class IndexerObjective(nn.Module):
         super().__init__()
         self.heads = max(config.index_n_heads, config.num_attention_heads)
 
+    @exactly
     def forward(self, q_BTji, w_BTj, k_BSi, weight_BT, target: Callable, indices_BTN: torch.Tensor | None = None):
         def kl_of_chunk(q, w, k, start, stop):
             p_BCN, visible_BCN = target(start, stop)
@@ -251,9 +266,8 @@ class IndexerObjective(nn.Module):
             return kl_divergence(p_BCN, scores_BCN, visible_BCN)
 
         keys = k_BSi.shape[1] if indices_BTN is None else indices_BTN.shape[2]
-        with torch.autocast(q_BTji.device.type, enabled=False):
-            size = len(q_BTji) * keys * self.heads
-            return _IndexLoss.apply(q_BTji, w_BTj, k_BSi, weight_BT, size, kl_of_chunk)
+        size = len(q_BTji) * keys * self.heads
+        return _IndexLoss.apply(q_BTji, w_BTj, k_BSi, weight_BT, size, kl_of_chunk)
 
 
 class IndexerRecall(nn.Module):
@@ -268,6 +282,7 @@ class IndexerRecall(nn.Module):
         self.heads = config.num_attention_heads
 
     @torch.no_grad()
+    @exactly
     def forward(self, target: Callable, indices_BTK: torch.Tensor, keys: int) -> torch.Tensor:
         B, T, K = indices_BTK.shape
         recall_BT = torch.full((B, T), float("nan"), device=indices_BTK.device)

@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache
 from .attention import MultiHeadLatentAttention, backend_of
 from .configuration_nanodeepseek import NanoDeepSeekConfig
 from .indexer import IndexerObjective, IndexerRecall, KeySelector, LightningIndexer, chunks
-from .layers import once_differentiable
+from .layers import once_differentiable, without_autocast
 from .masks import Visibility
 
 # What a multiply-add on gathered latents costs, in multiply-adds of dense attention (measured, docs/log.md).
@@ -51,6 +51,7 @@ class _SelectedAttention(torch.autograd.Function):
     """
 
     @staticmethod
+    @without_autocast
     def forward(ctx, query_NHl, latent_Ml, indices_NK, c: int, wants_p: bool):
         output_NHc = query_NHl.new_empty(*query_NHl.shape[:2], c)
         p_NK = query_NHl.new_empty(indices_NK.shape if wants_p else 0, dtype=torch.float)
@@ -112,9 +113,8 @@ def attend_selected(query_BTHl, latent_BSl, indices_BTK, c: int, wants_p: bool =
     """
     B, T, K = indices_BTK.shape
     dtype = query_BTHl.dtype
-    if query_BTHl.device.type == "cpu":
-        exact = torch.promote_types(dtype, torch.float32)
-        query_BTHl, latent_BSl = query_BTHl.to(exact), latent_BSl.to(exact)
+    computed = torch.promote_types(dtype, torch.float32) if query_BTHl.device.type == "cpu" else dtype
+    query_BTHl, latent_BSl = query_BTHl.to(computed), latent_BSl.to(computed)
     first_B11 = torch.arange(B, device=indices_BTK.device)[:, None, None] * latent_BSl.shape[1]
     indices_NK = torch.where(indices_BTK < 0, -1, indices_BTK + first_B11).flatten(0, 1)
     operands = query_BTHl.flatten(0, 1), latent_BSl.flatten(0, 1), indices_NK, c, wants_p
