@@ -55,6 +55,9 @@ KNOWN_EXTRA_KEYS = {
     "trust_remote_code", "loss_type", "mlp_bias", "qk_head_dim",
 }  # fmt: skip
 
+# What transformers calls a layer with DSA in `layer_types`: now, and in its first releases with DeepSeek-V3.2.
+SPARSE_LAYERS = {"indexed_attention", "deepseek_sparse_attention"}
+
 # How tokens reach experts of other ranks; early releases of transformers mask the router's choice by rank instead.
 if hasattr(DistributedConfig, "ep_implementation"):
     EXPERT_DISPATCH = {"layers.*.mlp.experts": "ep_dispatch_experts"}
@@ -332,7 +335,7 @@ class NanoDeepSeekConfig(PreTrainedConfig):
     def _without_layer_types(config_dict: dict[str, Any]) -> dict[str, Any]:
         """transformers writes out, layer by layer, what our fields say in a number: left out where the two agree."""
         attention, feed_forward = config_dict.get("layer_types"), config_dict.get("mlp_layer_types")
-        if attention is not None and set(attention) != {"indexed_attention"}:
+        if attention is not None and not SPARSE_LAYERS.issuperset(attention):
             raise ValueError(f"layer_types={attention!r} is not possible: every layer has DSA ('indexed_attention').")
         if feed_forward is not None:
             dense = feed_forward.count("dense")

@@ -202,7 +202,7 @@ def test_a_config_that_transformers_writes(tmp_path):
     _, theirs = pair({"first_k_dense_replace": 2})
     theirs.config.save_pretrained(tmp_path)
     written = json.loads((tmp_path / "config.json").read_text())
-    assert written["layer_types"] == ["indexed_attention"] * 3 and len(written["mlp_layer_types"]) == 3
+    assert len(written["layer_types"]) == len(written["mlp_layer_types"]) == 3
     del written["first_k_dense_replace"]
     (tmp_path / "config.json").write_text(json.dumps(written | {"head_dim": 192}))
     read = NanoDeepSeekConfig.from_pretrained(tmp_path)
@@ -218,6 +218,8 @@ def test_a_config_that_transformers_writes(tmp_path):
 
 def test_configs_of_other_layers_are_refused():
     values = {"model_type": "deepseek_v32", "num_hidden_layers": 3}
+    for name in ("indexed_attention", "deepseek_sparse_attention"):  # the second in transformers 5.17
+        assert NanoDeepSeekConfig.from_dict(values | {"layer_types": [name] * 3}).index_topk == 2048
     with pytest.raises(ValueError, match=r"layer_types=\['indexed_attention', 'full_attention'\] is not possible"):
         NanoDeepSeekConfig.from_dict(values | {"layer_types": ["indexed_attention", "full_attention"]})
     with pytest.raises(ValueError, match=r"mlp_layer_types=.* dense layers must come first"):
