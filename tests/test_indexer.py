@@ -54,6 +54,7 @@ def select(request, monkeypatch, fresh_compiler):
 
 
 @pytest.mark.parametrize("case", score_cases())
+@pytest.mark.parametrize("select", ["numpy", "torch"], indirect=True)
 def test_selection(case, select):
     scores = score_cases()[case]
     visible = torch.rand(2, 7, 33) < torch.linspace(0, 1, 7)[:, None]  # from no key at all to all of them
@@ -61,6 +62,8 @@ def test_selection(case, select):
         chosen = select(scores, visible, k)
         assert chosen.dtype == torch.int32 and chosen.shape == (2, 7, k)
         assert torch.equal(by_rows(scores.float(), visible, k), chosen)
+        everything = torch.ones(2, 7, 33, dtype=torch.bool)
+        assert torch.equal(by_rows(scores.float(), everything, k), select(scores, None, k))
     one_row = visible[:1]
     assert torch.equal(by_rows(scores, one_row.expand(2, -1, -1), 4), select(scores, one_row.expand(2, -1, -1), 4))
 
@@ -73,6 +76,10 @@ def test_of_equal_scores_the_later_key_wins(select):
     visible[..., 4] = False
     assert select(scores, visible, 3).tolist() == [[[1, 2, 3]]]
     assert scores[0, 0, 0] == 0 and not visible[0, 0, 4]  # what was given is as it was
+    assert select(scores, visible, 5).tolist() == [[[0, 1, 2, 3, 5]]]
+    visible[..., 2:] = False
+    assert select(scores, visible, 3).tolist() == [[[0, 1, -1]]]
+    assert select(scores, None, 3).tolist() == [[[2, 3, 4]]]
 
 
 def test_scores_are_the_equation():
@@ -89,9 +96,31 @@ def test_scores_are_the_equation():
     assert_close(expected[indices >= 0], selected_scores(q, w, k, indices)[indices >= 0], 1e-6)
 
 
+@pytest.mark.parametrize("block", [1, 6 * 300, 2**18])
+def test_scores_in_blocks_of_keys(block, monkeypatch):
+    """Without gradients, on a CPU: blocks of 256 keys at least, the last one shorter; every one in its place."""
+    monkeypatch.setattr(indexer, "BLOCK_NUMBERS", block)
+    q, w, k = torch.randn(2, 5, 4, 6), torch.randn(2, 5, 4), torch.randn(2, 777, 6)
+    expected = index_scores(q, w, k)
+    with torch.no_grad():
+        assert_close(expected, index_scores(q, w, k), 1e-6)
+        assert_close(expected[..., :512], index_scores(q, w, k[:, :512]), 1e-6)
+        assert index_scores(q, w, k).shape == (2, 5, 777)
+
+
+def test_when_all_keys_are_seen():
+    """By one query alone, behind as many tokens as are known, without padding, documents or a mask of one's own."""
+    assert Visibility(9, 8).sees_all(0, 1) and Visibility(40, 8).sees_all(0, 1)  # a static cache has room for 40
+    assert Visibility(9).sees_all(8, 9) and not Visibility(9).sees_all(7, 9)
+    assert not Visibility(9, torch.tensor(8)).sees_all(0, 1)
+    assert not Visibility(9, 8, real=torch.ones(1, 9, dtype=torch.bool)).sees_all(0, 1)
+    assert not Visibility(1, documents=torch.zeros(1, 1)).sees_all(0, 1)
+    assert not Visibility(9, 8, mask=torch.ones(1, 1, 9, dtype=torch.bool)).sees_all(0, 1)
+
+
 # -- chunks, windows, patterns -----------------------------------------------------------------------------------------
 
-CHUNKS = [1, 24 * 31 * 2 * 3, 24 * 31 * 2 * 5 + 7]  # numbers: one query at a time, three, five
+CHUNKS = [1, 24 * 31 * 2 * 15, 24 * 31 * 2 * 17 + 7]  # numbers: 16 queries at a time, the least; 17
 
 
 @pytest.mark.parametrize("settings", [{}, {"index_window": 2, "index_global_tokens": 1}])
@@ -117,9 +146,13 @@ def test_chunks_change_nothing(numbers, settings, monkeypatch):
 
 def test_parts_of_tokens(monkeypatch):
     monkeypatch.setitem(indexer.CHUNK_NUMBERS, "cpu", 100)
-    parts = lambda *sizes: list(indexer.chunks(*sizes, torch.device("cpu")))  # noqa: E731
+
+    def parts(*sizes, **least):
+        return list(indexer.chunks(*sizes, torch.device("cpu"), **least))
+
     assert parts(7, 33) == [(0, 3), (3, 6), (6, 7)]
-    assert parts(2, 1000) == [(0, 1), (1, 2)]
+    assert parts(2, 1000) == [(0, 1), (1, 2)] and parts(1, 1000) == [(0, 1)]
+    assert parts(7, 33, least=4) == [(0, 4), (4, 7)] and parts(3, 33, least=4) == [(0, 3)]
     assert parts(5, 0) == [(0, 5)] and parts(0, 3) == [(0, 0)]
 
 
