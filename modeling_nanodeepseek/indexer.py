@@ -75,15 +75,17 @@ def index_scores(q_BCji: torch.Tensor, w_BCj: torch.Tensor, k_BSi: torch.Tensor)
     """I_ts = sum_j w_tj ReLU(q_tj . k_s) in fp32 (fp64 for fp64), [B, C, S] (V3.2 report eq. 1)."""
     exact = torch.promote_types(q_BCji.dtype, torch.float32)
     q_Bxi, w_BC1j = q_BCji.to(exact).flatten(1, 2), w_BCj.to(exact)[..., None, :]
-    S, block = k_BSi.shape[1], k_BSi.shape[1]
-    if k_BSi.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        block = max(256, BLOCK_NUMBERS // max(1, q_Bxi.shape[0] * q_Bxi.shape[1]))  # what is reread stays in the cache
-    scores = []
-    for start in range(0, S, block):
-        products_BxS = q_Bxi @ k_BSi[:, start : start + block].to(exact).mT
-        products_BxS = F.relu(products_BxS, inplace=not torch.is_grad_enabled())
-        scores.append((w_BC1j @ products_BxS.unflatten(1, q_BCji.shape[1:3])).squeeze(-2))
-    return scores[0] if len(scores) == 1 else torch.cat(scores, dim=-1)
+
+    def scores_of(keys_BNi: torch.Tensor) -> torch.Tensor:
+        products_BxN = F.relu(q_Bxi @ keys_BNi.to(exact).mT, inplace=not torch.is_grad_enabled())
+        return (w_BC1j @ products_BxN.unflatten(1, q_BCji.shape[1:3])).squeeze(-2)
+
+    if k_BSi.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return scores_of(k_BSi)  # and not in one block: a compiler would make a graph for each number of keys
+    block = max(256, BLOCK_NUMBERS // max(1, q_Bxi.shape[0] * q_Bxi.shape[1]))  # what is reread stays in the cache
+    if k_BSi.shape[1] <= block:
+        return scores_of(k_BSi)
+    return torch.cat([scores_of(keys_BNi) for keys_BNi in k_BSi.split(block, dim=1)], dim=-1)
 
 
 def select_keys(scores_BCS: torch.Tensor, visible_BCS: torch.Tensor | None, topk: int) -> torch.Tensor:

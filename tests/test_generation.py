@@ -671,7 +671,7 @@ def test_caches_of_other_models(cached, other, message):
         ({"index_topk": None}, {}, "holds no keys of the indexer: .* by a model without one"),
         ({}, {"dsa_stage": "dense"}, "holds keys of an indexer: .* not in dsa_stage='dense'"),
         ({}, {"index_topk": None}, "holds keys of an indexer: it was filled by a model with one"),
-        ({"index_head_dim": 12}, {}, "another model's: its keys of the indexer hold 12 numbers, not 10"),
+        ({"index_head_dim": 12}, {}, "is another model's: its keys of the indexer hold 12 numbers, not 10"),
     ],
 )
 @pytest.mark.parametrize("cached", ["latent", "fp8", "transformers", "static"])
