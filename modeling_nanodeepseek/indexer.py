@@ -145,7 +145,7 @@ class KeySelector(nn.Module):
     def forward(self, q_BTji, w_BTj, k_BSi, visibility: Visibility, shape: tuple[int, int]) -> torch.Tensor:
         B, T = shape
         topk = min(self.topk, visibility.keys)
-        indices_BTK = torch.full((B, T, topk), -1, dtype=torch.int32, device=k_BSi.device)
+        parts = []
         for start, stop in chunks(T, B * self.heads * visibility.keys, k_BSi.device, least=16):
             end = visibility.end(stop)
             visible_BCS = None
@@ -159,9 +159,9 @@ class KeySelector(nn.Module):
             else:
                 visible_BCS = always_kept(visible_BCS, self.window, self.first)
                 scores_BCS = torch.zeros_like(visible_BCS, dtype=torch.float)
-            chosen = select_keys(scores_BCS, visible_BCS, min(topk, end))
-            indices_BTK[:, start:stop, : chosen.shape[-1]] = chosen
-        return indices_BTK
+            chosen_BCK = select_keys(scores_BCS, visible_BCS, min(topk, end))
+            parts.append(chosen_BCK if end >= topk else F.pad(chosen_BCK, (0, topk - end), value=-1))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 class LightningIndexer(nn.Module):

@@ -55,7 +55,7 @@ class _SelectedAttention(torch.autograd.Function):
     def forward(ctx, query_NHl, latent_Ml, indices_NK, c: int, wants_p: bool):
         output_NHc = query_NHl.new_empty(*query_NHl.shape[:2], c)
         p_NK = query_NHl.new_empty(indices_NK.shape if wants_p else 0, dtype=torch.float)
-        for start, stop, keys_NKl, hidden_N1K in _gathered(latent_Ml, indices_NK):
+        for start, stop, keys_NKl, hidden_N1K in _gathered(latent_Ml, indices_NK, query_NHl.dtype):
             weights_NHK = _weights(query_NHl[start:stop], keys_NKl, hidden_N1K)
             torch.bmm(weights_NHK.to(keys_NKl.dtype), keys_NKl[..., :c], out=output_NHc[start:stop])
             if wants_p:
@@ -76,7 +76,7 @@ def _gradients(ctx, grad_NHc):
     grad_query_NHl = torch.empty_like(query_NHl)
     exact = torch.promote_types(latent_Ml.dtype, torch.float32)
     grad_latent_Ml = torch.zeros_like(latent_Ml, dtype=exact)
-    for start, stop, keys_NKl, hidden_N1K in _gathered(latent_Ml, indices_NK):
+    for start, stop, keys_NKl, hidden_N1K in _gathered(latent_Ml, indices_NK, query_NHl.dtype):
         query, grad = query_NHl[start:stop], grad_NHc[start:stop]
         weights_NHK = _weights(query, keys_NKl, hidden_N1K)
         da_NHK = torch.bmm(grad, keys_NKl[..., : ctx.c].mT).to(weights_NHK.dtype)
@@ -91,7 +91,7 @@ def _gradients(ctx, grad_NHc):
     return grad_query_NHl, grad_latent_Ml.to(latent_Ml.dtype), None, None, None
 
 
-def _gathered(latent_Ml: torch.Tensor, indices_NK: torch.Tensor):
+def _gathered(latent_Ml: torch.Tensor, indices_NK: torch.Tensor, dtype: torch.dtype):
     """(first and last row, their selected latents [N, K, l], which of them are none [N, 1, K] or None) by chunks."""
     N, K = indices_NK.shape
     for start, stop in chunks(N, K * latent_Ml.shape[1], latent_Ml.device):
@@ -101,8 +101,21 @@ def _gathered(latent_Ml: torch.Tensor, indices_NK: torch.Tensor):
             hidden = None
         else:
             indices = indices.clamp(min=0)
-        keys_NKl = latent_Ml.index_select(0, indices.flatten()).view(stop - start, K, latent_Ml.shape[1])
+        keys_NKl = latent_Ml.index_select(0, indices.flatten()).view(stop - start, K, latent_Ml.shape[1]).to(dtype)
         yield start, stop, keys_NKl, None if hidden is None else hidden[:, None]
+
+
+def _rows(latent_BSl: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """All sequences' vectors as [M, l], and how many lie between the first ones of two sequences.
+
+    A cache's states are the first S rows of longer buffers: flattened, they would be copied at every token.
+    """
+    B, S, width = latent_BSl.shape
+    apart, rest = divmod(latent_BSl.stride(0), width)
+    in_rows = rest == 0 and apart >= S and latent_BSl.stride()[1:] == (width, 1)
+    if B == 1 or not in_rows or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return latent_BSl.flatten(0, 1), S
+    return latent_BSl.as_strided(((B - 1) * apart + S, width), (width, 1)), apart
 
 
 def attend_selected(query_BTHl, latent_BSl, indices_BTK, c: int, wants_p: bool = False):
@@ -113,11 +126,13 @@ def attend_selected(query_BTHl, latent_BSl, indices_BTK, c: int, wants_p: bool =
     """
     B, T, K = indices_BTK.shape
     dtype = query_BTHl.dtype
-    computed = torch.promote_types(dtype, torch.float32) if query_BTHl.device.type == "cpu" else dtype
-    query_BTHl, latent_BSl = query_BTHl.to(computed), latent_BSl.to(computed)
-    first_B11 = torch.arange(B, device=indices_BTK.device)[:, None, None] * latent_BSl.shape[1]
-    indices_NK = torch.where(indices_BTK < 0, -1, indices_BTK + first_B11).flatten(0, 1)
-    operands = query_BTHl.flatten(0, 1), latent_BSl.flatten(0, 1), indices_NK, c, wants_p
+    if query_BTHl.device.type == "cpu":
+        query_BTHl = query_BTHl.to(torch.promote_types(dtype, torch.float32))
+    latent_Ml, apart = _rows(latent_BSl)
+    if B > 1:
+        first_B11 = torch.arange(B, device=indices_BTK.device)[:, None, None] * apart
+        indices_BTK = torch.where(indices_BTK < 0, -1, indices_BTK + first_B11)
+    operands = query_BTHl.flatten(0, 1), latent_Ml, indices_BTK.flatten(0, 1), c, wants_p
     output_NHc, p_NK = _SelectedAttention.apply(*operands)
     return output_NHc.unflatten(0, (B, T)).to(dtype), p_NK.unflatten(0, (B, T)) if wants_p else None
 

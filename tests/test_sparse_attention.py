@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from modeling_nanodeepseek import LatentCache, indexer
+from modeling_nanodeepseek import LatentCache, indexer, sparse_attention
 from modeling_nanodeepseek.sparse_attention import (
     DeepseekSparseAttention,
     attend_selected,
@@ -394,3 +394,18 @@ def test_no_tensor_of_all_queries_by_all_keys(padded):
         output = model(ids, attention_mask=mask if padded else None, output_index_topk_indices=True)
     assert output.index_topk_indices[0].shape == (1, S, 64)
     assert chunk / 2 < largest.numbers <= chunk < S * S // 4
+
+
+def test_the_states_of_a_cache_are_read_where_they_lie():
+    """Rows of longer buffers, of which each sequence's are apart; flattened, they would be copied at every token."""
+    generator = torch.Generator().manual_seed(0)
+    buffers = torch.randn(3, 17, 6, generator=generator)
+    query, states = torch.randn(3, 2, 4, 6, generator=generator), buffers[:, :11]
+    indices = torch.tensor([[[0, 10, -1], [3, 4, 5]], [[1, 9, 2], [-1, -1, -1]], [[10, 0, 7], [6, 2, -1]]])
+    with torch.no_grad():
+        expected, _ = attend_selected(query, states.contiguous(), indices, c=4)
+        rows, apart = sparse_attention._rows(states)
+        assert (rows.data_ptr(), apart) == (buffers.data_ptr(), 17)
+        actual, _ = attend_selected(query, states, indices, c=4)
+    assert torch.equal(expected, actual)
+    assert sparse_attention._rows(states.requires_grad_())[1] == 11  # with gradients a copy, made by autograd's rules
