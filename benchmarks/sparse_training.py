@@ -7,7 +7,7 @@ The recipes dsa_dense, dsa_warmup and dsa_sparse, one after the other, each from
 - `control`: the dense model trained on as the sparse one is, with attention to all keys: the same batches, steps and
   rates. The quality of sparse attention is its bits per byte against the control's.
 - `fixed`: what the last keys and the first few would hold of the dense model's attention, as many keys as the indexer
-  selects (no training): the baseline of the indexer's recall.
+  selects (no training): the baseline of the indexer's recall. Beside it `best`: what the heaviest keys hold, the bound.
 
 Recall is the share of the attention's mass that the selected keys hold, on held-out text, over tokens that see more
 keys than are selected. A stage whose result lies in the folder already is not run again. `--share` shortens every
@@ -70,8 +70,16 @@ def run(recipe: Recipe) -> dict:
     return {"steps": recipe.trainer["max_steps"], **metrics, "curves": {n: c for n, c in curves.items() if c}}
 
 
-def fixed_window(recipe: Recipe, dense: Path) -> dict:
-    """Recall of a fixed pattern of as many keys, on the dense model's own attention."""
+@torch.no_grad()
+def heaviest_keys(target, indices_BTK: torch.Tensor, keys: int) -> torch.Tensor:
+    """The mass on the heaviest keys; as IndexerRecall.forward, which gives that on the keys selected."""
+    _, T, K = indices_BTK.shape
+    p_BTS, visible_BTS = target(0, T)
+    return p_BTS.topk(K, dim=-1).values.sum(-1).masked_fill(visible_BTS.sum(-1) <= K, float("nan"))
+
+
+def untrained_selections(recipe: Recipe, dense: Path) -> tuple[dict, dict]:
+    """Recall of a fixed pattern of as many keys, and of the heaviest ones, on the dense model's own attention."""
     topk = recipe.model.indexer["index_topk"]
     pattern = {"index_pattern": "fixed", "index_topk": topk, "index_global_tokens": GLOBAL_TOKENS}
     pattern["index_window"] = topk - GLOBAL_TOKENS
@@ -81,7 +89,10 @@ def fixed_window(recipe: Recipe, dense: Path) -> dict:
     trainer = pretrain.build_trainer(recipe, pretrain.training_arguments(recipe))
     trainer.model = model
     model.config.dsa_stage = "warmup"  # attention stays dense, and what would be selected is measured
-    return pattern | trainer.evaluate()
+    fixed = pattern | trainer.evaluate()
+    for layer in model.model.layers:
+        layer.self_attn.recall.forward = heaviest_keys
+    return fixed, trainer.evaluate()
 
 
 def draw(runs: dict, path: Path):
@@ -93,6 +104,7 @@ def draw(runs: dict, path: Path):
             points = [(start + step, value) for step, value in kept[name].get(curve, [])]
             axis.plot(*zip(*points), color=colour, marker=".", label=name)
     middle.axhline(runs["fixed"]["eval_index_recall"], color="tab:red", linestyle="--", label="fixed window")
+    middle.axhline(runs["best"]["eval_index_recall"], color="grey", linestyle=":", label="heaviest keys")
     left.set(title="indexer's KL, mean over layers", xlabel="step of warm-up, then sparse stage", ylabel="nats")
     middle.set(title="recall of the attention's mass", xlabel="step of warm-up, then sparse stage", ylim=(0, 1.02))
     for name, colour in (("control", "tab:orange"), ("sparse", "tab:green")):
@@ -115,7 +127,7 @@ def main():
     args = parser.parse_args()
     recipes = {name: recipe_of(name, args.folder, args.share, args.threads) for name in RUNS}
     runs = {name: run(recipe) for name, recipe in recipes.items()}
-    runs["fixed"] = fixed_window(recipes["warmup"], args.folder / "dense")
+    runs["fixed"], runs["best"] = untrained_selections(recipes["warmup"], args.folder / "dense")
     device = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
     bits = {name: runs[name]["eval_bits_per_byte"] for name in RUNS}
     summary = {
@@ -125,6 +137,7 @@ def main():
         "recall_after_warmup": runs["warmup"]["eval_index_recall"],
         "recall_after_sparse": runs["sparse"]["eval_index_recall"],
         "recall_fixed_window": runs["fixed"]["eval_index_recall"],
+        "recall_best_keys": runs["best"]["eval_index_recall"],
         "bits_per_byte": bits,
         "sparse_over_control": bits["sparse"] / bits["control"],
     }
