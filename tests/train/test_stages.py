@@ -109,6 +109,24 @@ def test_resume_in_the_middle_of_warm_up(dense, stage, tmp_path):
     assert all(not p.requires_grad for n, p in trainer.model.named_parameters() if ".indexer." not in n)
 
 
+@pytest.mark.parametrize("settings", [{"gradient_checkpointing": True}, {"precision": "bf16"}, {"accumulation": 2}])
+def test_ways_to_run_a_stage(settings, dense, stage):
+    """Warm-up with checkpointed activations, under bf16 autocast and in micro-batches: the same KL."""
+    added, losses = {"indexer": INDEXER, "dsa_stage": "warmup"}, []
+    for name, way in (("plain", {}), ("other", settings)):
+        split = way.get("accumulation", 1)
+        trainer = {"max_steps": 2, "logging_steps": 1, "gradient_accumulation_steps": split}
+        trainer |= {"per_device_train_batch_size": 4 // split, "eval_strategy": "no"}
+        trainer["gradient_checkpointing"] = way.get("gradient_checkpointing", False)
+        recipe = stage(name, "dense", added, trainer=trainer, precision=way.get("precision", "fp32"))
+        run = pretrain.build_trainer(recipe, pretrain.training_arguments(recipe))
+        run.train()
+        assert {p.dtype for p in run.model.parameters()} == {torch.float32}
+        losses.append([entry["index_loss"] for entry in run.state.log_history if "index_loss" in entry])
+    plain, other = losses
+    assert len(plain) == 2 and other == pytest.approx(plain, rel=0.02 if "precision" in settings else 1e-4)
+
+
 def test_recall_in_evaluation_is_exact(dense, stage):
     """Over the tokens that predict one and see more keys than are selected, whatever the batches; all layers alike."""
     recipe = stage("warmup", "dense", {"indexer": INDEXER, "dsa_stage": "warmup"})
