@@ -360,6 +360,8 @@ def test_a_classifier_freezes_its_indexer():
 REFUSED = {
     "unknown stage": (lambda: stage_model("sparse").set_dsa_stage("cool"), "dsa_stage='cool'.*'dense', 'warmup'"),
     "warm-up of nothing": (lambda: tiny_model().set_dsa_stage("warmup"), "no indexer.*with_indexer"),
+    "a config of that": (lambda: tiny_config(dsa_stage="warmup"), "dsa_stage='warmup'.*no indexer"),
+    "a loss of no weight": (lambda: stage_model("warmup", index_loss_coef=0.0), "index_loss_coef=0.0.*warmup"),
     "sparse without keys": (lambda: tiny_model().set_dsa_stage("sparse"), "selects no keys.*'warmup' first"),
     "warm-up of a pattern": (
         lambda: tiny_model(index_topk=5, index_pattern="fixed", index_window=5).set_dsa_stage("warmup"),
