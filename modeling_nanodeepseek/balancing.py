@@ -78,6 +78,8 @@ def update_expert_bias(model: nn.Module, gamma: float = 1e-3, centre: bool = Fal
     tokens = torch.stack([none if g.tokens_per_expert is None else g.tokens_per_expert.to(device) for g in gates])
     if distributed:
         torch.distributed.all_reduce(tokens)
+        if not tokens.any():
+            return None
     load = tokens.double()
     steps = gamma * (load.mean(-1, keepdim=True) - load).sign()
     biases = []

@@ -455,7 +455,11 @@ class NanoDeepSeekConfig(PreTrainedConfig):
         self._require_one_of("sparse_form", ("auto", "gathered", "masked"))
         for field in ["index_window", "index_global_tokens", "index_loss_coef"]:
             self._require(getattr(self, field) >= 0, field, "it must be at least 0")
+        learns = self.dsa_stage != "warmup" or self.index_loss_coef > 0
+        self._require(learns, "index_loss_coef", "in dsa_stage='warmup' nothing learns but by this loss")
         if self.index_topk is None:
+            none = "there is no indexer to warm up; model.with_indexer(index_topk=...) is the same model with one"
+            self._require(self.dsa_stage != "warmup", "dsa_stage", none)
             return
         self._require(self.index_topk >= 1, "index_topk", "it must be at least 1, or None for attention to all keys")
         mla = self.attention_type == "mla"

@@ -28,11 +28,6 @@ class SparseStages:
         changed = copy.deepcopy(self.config)
         changed.dsa_stage = stage
         changed.validate_sparse_attention()
-        if stage == "warmup" and not self.config.has_indexer:
-            raise ValueError(
-                "dsa_stage='warmup' is not possible: this model has no indexer. model.with_indexer(index_topk=...) is "
-                "the same model with one."
-            )
         if stage == "sparse" and self.config.index_topk is None:
             raise ValueError(
                 "dsa_stage='sparse' is not possible: this model selects no keys. Give it an indexer by "

@@ -105,8 +105,8 @@ def parameter_groups(model: nn.Module, section: OptimizerSection) -> list[dict]:
     """The groups, named: every trainable parameter is in exactly one.
 
     `matrices` and `gate_up` (the fused experts, two matrices each): hidden weights of 2 and 3 dims; `embedding`;
-    `head` (unless tied to the embedding); `scalars`: norm weights, biases and the router, whose rows are single
-    directions rather than a map. Only matrices decay.
+    `head` (unless tied to the embedding); `scalars`: norm weights, biases, the router and the indexer's weights_proj,
+    whose rows are single directions (of an expert, of a head's weight) rather than a map. Only matrices decay.
     """
     names: dict[str, list[nn.Parameter]] = {key: [] for key in ("matrices", "gate_up", "embedding", "head", "scalars")}
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
@@ -120,7 +120,7 @@ def parameter_groups(model: nn.Module, section: OptimizerSection) -> list[dict]:
             kind = "head"
         elif id(param) in fused:
             kind = "gate_up"
-        elif param.ndim >= 2 and not name.endswith(".gate.weight"):
+        elif param.ndim >= 2 and not name.endswith((".gate.weight", ".weights_proj.weight")):
             kind = "matrices"
         else:
             kind = "scalars"

@@ -23,7 +23,7 @@ from .data import collate, hold_out, load_documents, pack
 from .hardware import keep_memory, multiplies_bf16, use_threads
 from .models import build_model
 from .optimizers import parameter_groups
-from .recipe import Recipe, recipe_from_command_line, resolve
+from .recipe import ModelSection, Recipe, recipe_from_command_line, resolve
 from .report import plot_losses
 from .tokenizer import train_tokenizer
 from .trainer import NanoDeepSeekTrainer
@@ -82,6 +82,7 @@ def load_model(recipe: Recipe, tokenizer) -> NanoDeepSeekForCausalLM:
     else:
         ids = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
         model = build_model(recipe.model.config, recipe.model.variant, **ids | recipe.model.overrides)
+    model = enter_stage(model, recipe.model)
     config = model.config
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
@@ -90,6 +91,30 @@ def load_model(recipe: Recipe, tokenizer) -> NanoDeepSeekForCausalLM:
     if recipe.data.sequence_length > config.max_position_embeddings:
         length, limit = recipe.data.sequence_length, config.max_position_embeddings
         raise ValueError(f"data.sequence_length={length} exceeds the model's max_position_embeddings={limit}")
+    return model
+
+
+def enter_stage(model: NanoDeepSeekForCausalLM, section: ModelSection) -> NanoDeepSeekForCausalLM:
+    """The model with the indexer that the recipe adds, in the recipe's stage of sparse attention.
+
+    Raises: ValueError for an indexer beside one that is there, and for a stage that needs one where there is none.
+    """
+    origin = section.checkpoint or section.config
+    if section.indexer is not None:
+        if model.config.has_indexer:
+            raise ValueError(
+                f"model.indexer is for a model without one, and {origin!r} has one, with "
+                f"index_topk={model.config.index_topk}: leave it out"
+            )
+        model = model.with_indexer(**section.indexer)
+    if section.dsa_stage in ("warmup", "sparse") and model.config.index_topk is None:
+        raise ValueError(
+            f"model.dsa_stage={section.dsa_stage!r} cannot start from {origin!r}, which has no indexer: give it one by "
+            "model.indexer={index_topk: ...} and train that in model.dsa_stage='warmup'"
+            + (" first" if section.dsa_stage == "sparse" else "")
+        )
+    if section.dsa_stage is not None:
+        model.set_dsa_stage(section.dsa_stage)
     return model
 
 

@@ -38,12 +38,15 @@ class Section(BaseModel):
 
 
 class ModelSection(Section):
-    """What is trained: a model size by name or file (fresh weights), or a checkpoint folder to continue."""
+    """What is trained: a model size by name or file (fresh weights), or a checkpoint folder to continue; and for sparse
+    attention which stage of it."""
 
     config: str | None = None  # a name in configuration/models/, or the path of a config.json
     checkpoint: str | None = None
     variant: str | None = None  # a name in configuration/variants.json
     overrides: dict[str, Any] = Field(default_factory=dict)  # config fields, e.g. attention_type: gqa
+    dsa_stage: Literal["dense", "warmup", "sparse"] | None = None  # default: what the config or checkpoint says
+    indexer: dict[str, Any] | None = None  # index_topk and other index_* fields of a fresh one, for a model without
 
     @model_validator(mode="after")
     def one_origin(self):
@@ -51,6 +54,19 @@ class ModelSection(Section):
             raise ValueError("give either config (fresh weights) or checkpoint (a folder to continue from)")
         if self.checkpoint is not None and (self.overrides or self.variant):
             raise ValueError("variant and overrides go with config; a checkpoint has its own configuration")
+        return self
+
+    @model_validator(mode="after")
+    def trains_a_fresh_indexer(self):
+        if self.indexer is None:
+            return self
+        if "index_topk" not in self.indexer:
+            raise ValueError("indexer needs index_topk, the number of keys that each query will attend to")
+        if self.dsa_stage == "sparse":
+            raise ValueError(
+                "dsa_stage='sparse' with a fresh indexer would attend to keys chosen at random: train it in "
+                "dsa_stage='warmup' first, and give the model saved there as checkpoint, without indexer"
+            )
         return self
 
 

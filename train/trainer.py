@@ -66,6 +66,7 @@ class LineCallback(ProgressCallback):
         "loss": "loss {:.4f}",
         "ce_loss": "ce {:.4f}",
         "balance_loss": "balance {:.3f}",
+        "index_kl": "index KL {:.4f} per layer",
         "grad_norm": "|g| {:.2f}",
         "learning_rate": "lr {:.2e}",
         "expert_max_violation": "maxvio {:.2f}",
@@ -75,6 +76,7 @@ class LineCallback(ProgressCallback):
         "flop_utilisation": "{:.0%} of peak FLOP/s",
         "eval_loss": "validation loss {:.4f}",
         "eval_bits_per_byte": "validation {:.4f} bits per byte",
+        "eval_index_recall": "index recall {:.4f}",
     }
 
     def on_log(self, args, state, control, logs=None, **kwargs):
@@ -146,7 +148,7 @@ class NanoDeepSeekTrainer(AtomicCheckpoints, Trainer):
             self._since = self.clock.spent if self._since is None else self._since
             self._tokens += inputs["input_ids"].numel() * self.args.world_size
             self._steps += self.accelerator.sync_gradients
-            for term in ("ce_loss", "balance_loss"):
+            for term in ("ce_loss", "balance_loss", "index_loss"):
                 if outputs.get(term) is not None:
                     self._terms.setdefault(term, []).append(outputs[term].detach())
         return (loss, outputs) if return_outputs else loss
@@ -157,6 +159,8 @@ class NanoDeepSeekTrainer(AtomicCheckpoints, Trainer):
                 # Micro-batches and ranks hold shares of their batch's mean, so they add up.
                 total = self.accelerator.reduce(torch.stack(values).sum(), reduction="sum")
                 logs[term] = total.item() / self._steps
+            if "index_loss" in logs:  # which sums over layers, as in the loss
+                logs["index_kl"] = logs["index_loss"] / self.model.config.num_hidden_layers
             logs["tokens_per_second"] = self._tokens / max(self.clock.spent - self._since, 1e-9)
             logs["flop_utilisation"] = logs["tokens_per_second"] * self._flops_per_token / self._peak
             if self.balancing.load is not None:
@@ -177,24 +181,37 @@ class NanoDeepSeekTrainer(AtomicCheckpoints, Trainer):
         """Mean cross-entropy per predicted token in nats, and bits per byte of the validation text.
 
         bits per byte = (sum of -log2 p of every predicted token) / (bytes of the documents); no term but the CE.
+        index_recall, of a model that selects keys or learns to: the share of the dense attention's mass that the
+        selection holds, the mean over layers and over the predicting tokens that see more keys than are selected.
         """
         model = self._wrap_model(self.model, training=False)
         model.eval()
-        nats, targets = 0.0, 0
+        config = self.model.config
+        selects = config.index_topk is not None and config.dsa_stage != "dense"
+        extras = {"output_index_recall": True} if selects else {}
+        sums = torch.zeros(4, dtype=torch.float64)  # nats, targets, recall, tokens it is taken over
         batches = self.get_eval_dataloader(eval_dataset)
         self.callback_handler.eval_dataloader = batches
         for batch in batches:
             batch = self._prepare_inputs(batch)
             labels = batch.pop("labels")
             with self.compute_loss_context_manager():
-                logits = model(**batch, use_cache=False).logits
+                outputs = model(**batch, use_cache=False, **extras)
             shifted = F.pad(labels, (0, 1), value=-100)[:, 1:]
-            losses = F.cross_entropy(logits.float().flatten(0, 1), shifted.flatten(), reduction="none").view_as(shifted)
-            rows = torch.stack((losses.double().sum(-1), (shifted != -100).sum(-1).double()), -1)
-            rows = self.accelerator.gather_for_metrics(rows)
+            logits = outputs.logits.float().flatten(0, 1)
+            losses = F.cross_entropy(logits, shifted.flatten(), reduction="none").view_as(shifted)
+            terms = [losses, shifted != -100]
+            if selects:
+                recall = torch.stack(outputs.index_recall).mean(0)
+                counted = (shifted != -100) & ~recall.isnan()
+                terms += [recall.masked_fill(~counted, 0.0), counted]
+            rows = torch.stack([term.double().sum(-1) for term in terms], -1)
+            sums[: len(terms)] += self.accelerator.gather_for_metrics(rows).sum(0).cpu()
             self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-            nats, targets = nats + rows[:, 0].sum().item(), targets + int(rows[:, 1].sum().item())
-        metrics = {f"{metric_key_prefix}_loss": nats / max(targets, 1), f"{metric_key_prefix}_tokens": targets}
+        nats, targets, recall, counted = sums.tolist()
+        metrics = {f"{metric_key_prefix}_loss": nats / max(targets, 1), f"{metric_key_prefix}_tokens": int(targets)}
+        if counted:
+            metrics[f"{metric_key_prefix}_index_recall"] = recall / counted
         if self.validation_bytes and eval_dataset is None:
             metrics[f"{metric_key_prefix}_bits_per_byte"] = nats / math.log(2) / self.validation_bytes
         self.log(metrics)

@@ -49,3 +49,47 @@ def test_a_rank_with_a_single_expert(tmp_path):
     for (spread, error), (single, same) in zip(first, second):
         assert min(spread) > 3 and single == [1, 1]
         assert error < 1e-5 and same < 1e-5
+
+
+def stage_work(rank: int, world: int) -> list[tuple[float, float, float, bool]]:
+    """Of each stage, with gradient checkpointing and without: this rank's KL and one process's, which has both ranks'
+    batches; the worst gradient's error against it; whether the router biases moved. What is frozen is not waited for,
+    in no step. Warm-up counts no tokens: there is no load to report, and its biases rest, also where they are centred.
+    """
+    results = []
+    for stage in ("warmup", "sparse"):
+        for checkpointing in (False, True):
+            settings = {"index_topk": 5, "index_n_heads": 6, "index_head_dim": 8, "dsa_stage": stage}
+            alone, model = (tiny_model(**settings, aux_loss_alpha=0.3).train() for _ in range(2))
+            if checkpointing:
+                checkpoint_activations(model, use_reentrant=False)
+            parallel = DistributedDataParallel(model, find_unused_parameters=False)
+            for step in range(2):
+                batches = [tokens(2, 23, seed=2 * step + other) for other in range(world)]
+                output = parallel(batches[rank], labels=batches[rank])
+                output.loss.backward()
+                outputs = [alone(ids, labels=ids) for ids in batches]
+                (sum(o.loss for o in outputs) / world).backward()
+                pairs = [(p, model.get_parameter(name)) for name, p in alone.named_parameters() if p.requires_grad]
+                assert all((p.grad is None) == (not p.requires_grad) for p in model.parameters())
+                worst = max(rms_ratio(a.grad, b.grad) for a, b in pairs)
+                before = torch.stack([gate.e_score_correction_bias.clone() for gate in routers(model)])
+                load = update_expert_bias(model, gamma=0.5, centre=True)
+                assert (load is None) == (stage == "warmup")
+                moved = not torch.equal(before, torch.stack([gate.e_score_correction_bias for gate in routers(model)]))
+                results.append((output.index_loss.item(), outputs[rank].index_loss.item(), worst, moved))
+                with torch.no_grad():
+                    for a, b in pairs:
+                        b -= 0.1 * a.grad
+                    alone.load_state_dict(model.state_dict())
+                alone.zero_grad()
+                model.zero_grad()
+    return results
+
+
+def test_stages_of_sparse_training(tmp_path):
+    for rank in processes.run(stage_work, tmp_path):
+        assert len(rank) == 8
+        assert [moved for *_, moved in rank] == [False] * 4 + [True] * 4
+        for kl, expected, error, _ in rank:
+            assert abs(kl - expected) < 1e-5 * expected and error < 1e-5

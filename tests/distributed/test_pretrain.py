@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.small_run import TINY_MODEL
 from train import pretrain
 from train.recipe import REPOSITORY
 
@@ -16,12 +17,26 @@ def history(folder: Path) -> list[dict]:
     return [e for e in json.loads((folder / "trainer_state.json").read_text())["log_history"] if "ce_loss" in e]
 
 
-def test_two_processes_are_one(tiny_recipe, tmp_path):
-    alone = tiny_recipe(output_dir=str(tmp_path / "alone"), trainer={"per_device_train_batch_size": 8})
+WARM_UP = {
+    "config": "small",
+    "overrides": TINY_MODEL | {"q_lora_rank": 16, "initializer_range": 0.2},
+    "dsa_stage": "warmup",
+    "indexer": {"index_topk": 4, "index_n_heads": 3, "index_head_dim": 8},
+}
+TERMS = {
+    "all": ("loss", "ce_loss", "balance_loss", "grad_norm", "expert_max_violation", "expert_load_entropy"),
+    "warm-up": ("loss", "ce_loss", "index_loss", "index_kl", "grad_norm"),
+}
+
+
+@pytest.mark.parametrize("learns", TERMS)
+def test_two_processes_are_one(learns, tiny_recipe, tmp_path):
+    model = {"model": WARM_UP} if learns == "warm-up" else {}
+    alone = tiny_recipe(output_dir=str(tmp_path / "alone"), trainer={"per_device_train_batch_size": 8}, **model)
     pretrain.run(alone)
     file = tmp_path / "recipe.yaml"
     shared = tiny_recipe(
-        output_dir=str(tmp_path / "shared"), trainer={"per_device_train_batch_size": 4, "use_cpu": True}
+        output_dir=str(tmp_path / "shared"), trainer={"per_device_train_batch_size": 4, "use_cpu": True}, **model
     )
     file.write_text(yaml.safe_dump(shared.model_dump(mode="json")))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -30,8 +45,12 @@ def test_two_processes_are_one(tiny_recipe, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert len(history(tmp_path / "alone")) == 3
     for one, two in zip(history(tmp_path / "alone"), history(tmp_path / "shared"), strict=True):
-        for term in ("loss", "ce_loss", "balance_loss", "grad_norm", "expert_max_violation", "expert_load_entropy"):
+        assert ("expert_max_violation" in two) == ("expert_max_violation" in TERMS[learns])
+        for term in TERMS[learns]:
             assert two[term] == pytest.approx(one[term], rel=1e-3), term
     scores = [json.loads((tmp_path / run / "metrics.json").read_text()) for run in ("alone", "shared")]
     assert scores[0]["eval_tokens"] == scores[1]["eval_tokens"]
     assert scores[1]["eval_loss"] == pytest.approx(scores[0]["eval_loss"], rel=1e-4)
+    recalls = [score["eval_index_recall"] for score in scores if "eval_index_recall" in score]
+    assert len(recalls) == (2 if learns == "warm-up" else 0)
+    assert recalls[1:] == pytest.approx(recalls[:1], rel=1e-3)

@@ -31,6 +31,23 @@ def test_tied_head_and_frozen_parameters():
     assert not any(p is model.model.norm.weight for p in groups["scalars"])
 
 
+@pytest.mark.parametrize("stage, layers", [("warmup", 3), ("sparse", 3), ("dense", 0)])
+def test_the_indexers_groups(stage, layers):
+    """In warm-up nothing else is stepped, nor does anything else decay."""
+    model = tiny_model(index_topk=5, index_n_heads=6, index_head_dim=8, dsa_stage=stage)
+    groups = {group["name"]: group for group in parameter_groups(model, OptimizerSection())}
+    names = {id(p): name for name, p in model.named_parameters()}
+    inside = {kind: [names[id(p)].split(".indexer.") for p in group["params"]] for kind, group in groups.items()}
+    found = {kind: sorted(name[1] for name in group if len(name) == 2) for kind, group in inside.items()}
+    assert found["matrices"] == sorted(["wk.weight", "wq_b.weight"] * layers) if layers else not any(found.values())
+    if layers:
+        assert found["scalars"] == sorted(["k_norm.bias", "k_norm.weight", "weights_proj.weight"] * layers)
+    if stage == "warmup":
+        assert set(groups) == {"matrices", "scalars"} and sum(map(len, inside.values())) == 5 * layers
+    else:
+        assert set(groups) == {"matrices", "gate_up", "embedding", "head", "scalars"}
+
+
 @pytest.mark.parametrize("shape", [(8, 24), (24, 8), (16, 16)])
 def test_muon_is_torchs_muon(shape):
     """Ten steps from the same start with the same gradients; torch rounds its iteration to bf16."""

@@ -21,7 +21,7 @@ def recipe_file(tmp_path):
 
 def test_shipped_recipes_load():
     recipes = sorted((REPOSITORY / "configuration" / "recipes").glob("*.yaml"))
-    assert "quickstart" in {recipe.stem for recipe in recipes}
+    assert {"quickstart", "dsa_dense", "dsa_warmup", "dsa_sparse"} <= {recipe.stem for recipe in recipes}
     for recipe in recipes:
         load_recipe(str(recipe))
 
@@ -61,6 +61,9 @@ def test_numbers_that_yaml_reads_as_text(tmp_path):
         ("trainer.max_step=3", ["trainer.max_step", "did you mean 'max_steps'"]),
         ("trainer.bf16=true", ["trainer.bf16", "precision"]),
         ("model.checkpoint=x", ["model", "either config"]),
+        ("model.dsa_stage=cool", ["model.dsa_stage", "'dense', 'warmup' or 'sparse'", "cool"]),
+        ("model.indexer={index_n_heads: 3}", ["model", "indexer needs index_topk"]),
+        ("model={config: small, dsa_stage: sparse, indexer: {index_topk: 4}}", ["dsa_stage='warmup' first"]),
         ("schedule.warmup=0.9", ["warmup + decay", "exceeds"]),
         ("trainer.max_steps=0", ["trainer.max_steps=0", "at least 1"]),
         ("trainer.max_steps=abc", ["trainer.max_steps='abc'", "valid integer"]),
