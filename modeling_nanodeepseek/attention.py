@@ -257,9 +257,10 @@ class MultiHeadLatentAttention(nn.Module):
         return backend(self, query, key, value, attention_mask, scaling=self.scaling, dropout=dropout, **kwargs)
 
     def kv_b_weight(self, like: torch.Tensor) -> torch.Tensor:
-        """W_kv_b [H (n+v), c] as it acts, also where an adapter (LoRA) or a quantised layer replaces the Linear; of the
-        heads of this rank, where heads are spread over several."""
-        if type(self.kv_b_proj) is nn.Linear:
+        """W_kv_b [H (n+v), c] as it acts, also where an adapter (LoRA) or a quantised layer replaces the Linear, or its
+        weight is elsewhere until it is called (offloaded); of this rank's heads, where heads are spread over several.
+        """
+        if type(self.kv_b_proj) is nn.Linear and self.kv_b_proj.weight.device == like.device:
             weight = self.kv_b_proj.weight
             return weight.to_local() if isinstance(weight, DTensor) else weight
         return self.kv_b_proj(torch.eye(self.c, dtype=like.dtype, device=like.device)).mT

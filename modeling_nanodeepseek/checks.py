@@ -48,6 +48,8 @@ def check_indices(
     if len(indices) != config.num_hidden_layers:
         raise ValueError(f"index_topk_indices has {len(indices)} layers: it must have {config.num_hidden_layers}.")
     for chosen in indices:
+        if not isinstance(chosen, torch.Tensor) or chosen.dtype == torch.bool:
+            raise ValueError(f"index_topk_indices holds {type(chosen).__name__}: it must hold tensors of integers.")
         if chosen.ndim != 3 or chosen.shape[:2] != (B, T) or chosen.is_floating_point():
             raise ValueError(
                 f"index_topk_indices holds {list(chosen.shape)} of {chosen.dtype}: it must hold integers, "
@@ -60,6 +62,16 @@ def check_indices(
         ordered = chosen.sort(-1).values if chosen.device.type == "cpu" else chosen[..., :0]
         if ((ordered.diff(dim=-1) == 0) & (ordered[..., 1:] >= 0)).any():
             raise ValueError("index_topk_indices holds a key twice for one query: it would count twice, if gathered.")
+
+
+def check_whole_text(past_key_values: Cache | None):
+    """Raises ValueError for cached tokens where the indexer learns: their keys were made without gradients."""
+    past = 0 if torch.compiler.is_compiling() else cached_tokens(past_key_values)
+    if past:
+        raise ValueError(
+            f"The cache holds {past} tokens, and the indexer's loss needs the whole text in one call: train without "
+            "past_key_values, or with index_loss_coef=0."
+        )
 
 
 def check_length(

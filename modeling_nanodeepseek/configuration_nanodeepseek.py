@@ -458,6 +458,9 @@ class NanoDeepSeekConfig(PreTrainedConfig):
         learns = self.dsa_stage != "warmup" or self.index_loss_coef > 0
         self._require(learns, "index_loss_coef", "in dsa_stage='warmup' nothing learns but by this loss")
         if self.index_topk is None:
+            for field, default in (("index_pattern", "learned"), ("index_window", 0), ("index_global_tokens", 0)):
+                unused = "without index_topk every query attends to all keys"
+                self._require(getattr(self, field) == default, field, unused)
             none = "there is no indexer to warm up; model.with_indexer(index_topk=...) is the same model with one"
             self._require(self.dsa_stage != "warmup", "dsa_stage", none)
             return

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .configuration_nanodeepseek import NanoDeepSeekConfig
-from .layers import once_differentiable
+from .layers import Fp32Linear, once_differentiable
 from .masks import Visibility
 from .rotary import rotate
 
@@ -184,7 +184,7 @@ class LightningIndexer(nn.Module):
         self.wq_b = nn.Linear(config.q_lora_rank, self.heads * self.width, bias=False)
         self.wk = nn.Linear(config.hidden_size, self.width, bias=False)
         self.k_norm = nn.LayerNorm(self.width, eps=1e-6)
-        self.weights_proj = nn.Linear(config.hidden_size, self.heads, bias=False)
+        self.weights_proj = Fp32Linear(config.hidden_size, self.heads, bias=False)
         self.deployed = [f for f, on in ((hadamard, config.index_hadamard), (round_to_fp8, config.index_fp8)) if on]
 
     def forward(self, hidden_BTd, c_q_BTq, turns) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -195,10 +195,7 @@ class LightningIndexer(nn.Module):
         rope, rest = both_BTxi.split([self.r, self.width - self.r], dim=-1)
         rope = rotate(rope.transpose(1, 2), turns, interleaved=False).transpose(1, 2)
         q_BTji, k_BT1i = torch.cat((rope, rest), dim=-1).split([self.heads, 1], dim=2)
-        with torch.autocast(hidden_BTd.device.type, enabled=False):
-            exact = torch.promote_types(hidden_BTd.dtype, torch.float32)
-            w_BTj = F.linear(hidden_BTd.to(exact), self.weights_proj.weight.to(exact))
-        return q_BTji, w_BTj * (self.heads * self.width) ** -0.5, k_BT1i[:, :, 0]
+        return q_BTji, self.weights_proj(hidden_BTd) * (self.heads * self.width) ** -0.5, k_BT1i[:, :, 0]
 
     @torch.no_grad()
     def as_deployed(self, x: torch.Tensor) -> torch.Tensor:
@@ -220,7 +217,8 @@ class _IndexLoss(torch.autograd.Function):
         grad_q, grad_w, grad_k = torch.zeros_like(q_BTji), torch.zeros_like(w_BTj), torch.zeros_like(k)
         total = weight_BT.new_zeros((), dtype=torch.promote_types(q_BTji.dtype, torch.float32))
         for start, stop in chunks(q_BTji.shape[1], size, q_BTji.device):
-            with torch.enable_grad():
+            # Without the hooks of a checkpoint around this layer, which would run it again for each chunk.
+            with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
                 q, w = (x[:, start:stop].detach().requires_grad_() for x in (q_BTji, w_BTj))
                 loss = (weight_BT[:, start:stop] * kl_of_chunk(q, w, k, start, stop)).sum()
                 grad_q[:, start:stop], grad_w[:, start:stop], part = torch.autograd.grad(loss, (q, w, k))
@@ -269,6 +267,12 @@ class IndexerObjective(nn.Module):
 
         keys = k_BSi.shape[1] if indices_BTN is None else indices_BTN.shape[2]
         size = len(q_BTji) * keys * self.heads
+        if not torch.is_grad_enabled():
+            parts = [
+                (weight_BT[:, a:b] * kl_of_chunk(q_BTji[:, a:b], w_BTj[:, a:b], k_BSi, a, b)).sum()
+                for a, b in chunks(q_BTji.shape[1], size, q_BTji.device)
+            ]
+            return torch.stack(parts).sum()
         return _IndexLoss.apply(q_BTji, w_BTj, k_BSi, weight_BT, size, kl_of_chunk)
 
 

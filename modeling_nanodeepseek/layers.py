@@ -73,6 +73,16 @@ class Fp32Buffers(nn.Module):
         return self
 
 
+class Fp32Linear(nn.Linear):
+    """A linear layer whose product is in fp32 (fp64 for fp64) whatever its weight and its input are, under autocast
+    too. [..., in] -> [..., out] in that dtype."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        exact = torch.promote_types(x.dtype, torch.float32)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.to(exact), self.weight.to(exact), None if self.bias is None else self.bias.to(exact))
+
+
 class _WeightedRMSNorm(torch.autograd.Function):
     """The same on a CPU, in a third of the passes over memory.
 

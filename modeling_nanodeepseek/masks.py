@@ -22,7 +22,8 @@ def real_token_mask(attention_mask: torch.Tensor | None, length: int) -> torch.T
 
 
 def packed_documents(position_ids: torch.Tensor, real_tokens: torch.Tensor | None) -> torch.Tensor | None:
-    """Which document of its row each token belongs to, [B, T] counted from 0; None if no row holds two.
+    """Which document of its row each token belongs to, [B, T] counted from 0; None if no row holds two (a compiler
+    cannot ask).
 
     Without padding a document starts wherever positions do not go up by one. Beside padding, which callers count or
     skip as they like, it starts at a real token whose position is not above that of the real token before it.
@@ -36,7 +37,7 @@ def packed_documents(position_ids: torch.Tensor, real_tokens: torch.Tensor | Non
         before = position_ids.expand_as(real).gather(1, last_real.clamp(min=0))
         starts = real[:, 1:] & (last_real >= 0) & (position_ids[:, 1:] <= before)
     documents = F.pad(starts.cumsum(-1), (1, 0))
-    return documents if documents[:, -1].any() else None
+    return documents if torch.compiler.is_compiling() or documents[:, -1].any() else None
 
 
 def flash_lengths(documents: torch.Tensor) -> dict[str, torch.Tensor | int]:
@@ -185,7 +186,7 @@ def visibility(
     if attention_mask is not None:
         real = F.pad(attention_mask.bool(), (0, keys - attention_mask.shape[1]))
         real = None if not torch.compiler.is_compiling() and real.all() else real
-    if isinstance(past, int) and past == 0 and not torch.compiler.is_compiling():
+    if isinstance(past, int) and past == 0:
         documents = packed_documents(position_ids, None if real is None else real_token_mask(attention_mask, T))
     return Visibility(keys, past, real, documents)
 

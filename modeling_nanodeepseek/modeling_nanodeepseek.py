@@ -29,7 +29,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .attention import GroupedQueryAttention, MultiHeadLatentAttention
 from .cache import Fp8LatentCache, LatentCache, check_offloading
 from .checkpoints import CheckpointMixin, register_conversions
-from .checks import check_indices, check_inputs, check_length
+from .checks import check_indices, check_inputs, check_length, check_whole_text
 from .configuration_nanodeepseek import NanoDeepSeekConfig
 from .experts import DEFAULT_EXPERTS, GatedExperts, PlainExperts
 from .indexer import IndexerObjective, IndexerRecall, KeySelector
@@ -62,6 +62,7 @@ class NanoDeepSeekCausalLMOutput(ModelOutput):
             while the indexers learn.
         index_topk_indices: with `output_index_topk_indices`, per layer the keys selected, [B, T, K], -1 for none.
         index_recall: with `output_index_recall`, per layer [B, T], the share of the dense attention's mass on them.
+            Both None where no keys are selected (no index_topk, or dsa_stage="dense").
         logits: [B, T, vocab_size]; None in training with labels, where they are not all formed (see `skip_logits`).
         past_key_values, hidden_states, attentions, router_logits: as in transformers.
     """
@@ -348,6 +349,7 @@ class NanoDeepSeekForCausalLM(NanoDeepSeekPreTrainedModel, GenerationMixin):
             kwargs["output_router_logits"] = True
         indexed = self._wants_index_loss(labels)
         if indexed:
+            check_whole_text(past_key_values)
             kwargs |= {"output_index_loss": True, "index_loss_weight": target_weights(labels, **kwargs)}
         outputs = self.model(
             input_ids=input_ids,
@@ -383,8 +385,8 @@ class NanoDeepSeekForCausalLM(NanoDeepSeekPreTrainedModel, GenerationMixin):
             ce_loss=ce_loss,
             balance_loss=balance_loss,
             index_loss=index_loss,
-            index_topk_indices=outputs.get("index_topk_indices"),
-            index_recall=outputs.get("index_recall"),
+            index_topk_indices=outputs.get("index_topk_indices") or None,
+            index_recall=outputs.get("index_recall") or None,
         )
         return output if return_dict else output.to_tuple()
 

@@ -185,6 +185,7 @@ class DeepseekSparseAttention(MultiHeadLatentAttention):
         index = self.indexer(hidden_states, c_q, position_embeddings) if self.indexer else None
         keys_B1Si = self.indexer.as_deployed(index[2])[:, None] if self.indexer else latent_B1Sl[..., :0]
         if past_key_values is not None:
+            keys_B1Si = keys_B1Si.to(latent_B1Sl.dtype)  # a static cache has one dtype; autocast made two
             latent_B1Sl, keys_B1Si = past_key_values.update(latent_B1Sl, keys_B1Si, self.layer_idx)
 
         S = latent_B1Sl.shape[2]
@@ -218,6 +219,8 @@ class DeepseekSparseAttention(MultiHeadLatentAttention):
             return output_BTHv, None, p_BTK
         attend = self.attend_expanded if self.expands(T, S) else self.attend_absorbed
         output_BTHv, weights_BHTS = attend(*operands, mask_of(indices_BTK, S), **kwargs)
+        # A query without keys gets nothing, where backends would give it the mean of all.
+        output_BTHv = output_BTHv.masked_fill((indices_BTK < 0).all(-1)[..., None, None], 0.0)
         with torch.no_grad():
             p_BTK = self.attend_gathered(*operands, indices_BTK, True)[1] if wants_p else None
         return output_BTHv, weights_BHTS, p_BTK

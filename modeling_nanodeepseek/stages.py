@@ -53,6 +53,8 @@ class SparseStages:
     def with_indexer(self, index_topk: int, **fields):
         """This model with a fresh indexer in every layer, in the stage `warmup`: a new model that shares its weights.
 
+        Adapters and gradient checkpointing go on afterwards.
+
         Args:
             index_topk: keys that each query will attend to.
             fields: other fields of the config that begin with `index_`.
@@ -65,18 +67,27 @@ class SparseStages:
             if not field.startswith("index_"):
                 raise ValueError(f"with_indexer() takes the config's fields that begin with 'index_', not {field!r}.")
         NanoDeepSeekConfig.refuse_unknown(fields)
-        settings = {"index_topk": index_topk, "index_pattern": "learned", "dsa_stage": "warmup"} | fields
+        settings = {"index_pattern": "learned", "index_window": 0, "index_global_tokens": 0, "dsa_stage": "warmup"}
+        settings |= {"index_topk": index_topk} | fields
         config = NanoDeepSeekConfig.from_dict(self.config.to_dict() | settings)
         config._attn_implementation = self.config._attn_implementation
         config._experts_implementation = self.config._experts_implementation
         model = type(self)(config)
         missing, unexpected = model.load_state_dict(self.state_dict(), strict=False, assign=True)
         if unexpected or any(".indexer." not in name for name in missing):
-            raise ValueError(f"The weights do not fit: {[*missing, *unexpected][:3]} ...")
+            raise ValueError(
+                f"The weights are not those of the config alone ({[*missing, *unexpected][:3]} ...): merge or unload "
+                "an adapter first, or add it afterwards."
+            )
         model.tie_weights()
         for name, module in model.named_modules():
             if name.endswith(".indexer"):
                 module.to(self.device, self.dtype)
                 module.weights_proj.to(torch.float32 if self.dtype.itemsize < 4 else self.dtype)
+        for module in model.modules():  # what no checkpoint holds, such as rotary frequencies
+            for name, buffer in module.named_buffers(recurse=False):
+                if name in module._non_persistent_buffers_set:
+                    setattr(module, name, buffer.to(self.device))
+        model.generation_config = copy.deepcopy(self.generation_config)
         model.freeze_for_stage()
         return model.train(self.training)

@@ -409,3 +409,17 @@ def test_the_states_of_a_cache_are_read_where_they_lie():
         actual, _ = attend_selected(query, states, indices, c=4)
     assert torch.equal(expected, actual)
     assert sparse_attention._rows(states.requires_grad_())[1] == 11  # with gradients a copy, made by autograd's rules
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+@pytest.mark.parametrize("form", ["gathered", "masked"])
+def test_a_replay_of_nothing_is_nothing(form, backend):
+    """Not the mean of all keys, those of the future too, which is what a softmax of equals gives."""
+    model = tiny_model(**SPARSE, sparse_form=form)
+    model.set_attn_implementation(backend)
+    replay = [torch.full((2, 9, 5), -1, dtype=torch.int32)] * 3
+    with torch.no_grad():
+        changed = tokens(2, 9)
+        changed[:, 5:] += 1
+        first, second = (model(ids % 97, index_topk_indices=replay).logits[:, :5] for ids in (tokens(2, 9), changed))
+    assert torch.equal(first, second)
