@@ -321,7 +321,7 @@ class NanoDeepSeekConfig(PreTrainedConfig):
 
     @classmethod
     def _adopt_family(cls, config_dict: dict[str, Any]) -> dict[str, Any]:
-        """Reads a `deepseek_v2` or `deepseek_v3` file as ours, under the defaults that its own class would supply."""
+        """Reads a file of DeepSeek V2, V3 or V3.2 as ours, under the defaults that its own class would supply."""
         family = config_dict.get("model_type")
         if family not in FAMILY_DEFAULTS:
             return config_dict
