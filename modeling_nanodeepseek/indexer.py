@@ -4,7 +4,6 @@ Letters of the shape suffixes: B batch, T query tokens, C queries of a chunk, S 
 heads, i their width, K = index_topk, d hidden, q = q_lora_rank, H attention heads.
 """
 
-import functools
 from collections.abc import Callable, Iterator
 
 import torch
@@ -12,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .configuration_nanodeepseek import NanoDeepSeekConfig
-from .layers import Fp32Linear, once_differentiable
+from .layers import Fp32Linear, exactly, once_differentiable
 from .masks import Visibility
 from .rotary import rotate
 
@@ -57,18 +56,6 @@ def round_to_fp8(x: torch.Tensor) -> torch.Tensor:
     bits = (largest / torch.finfo(torch.float8_e4m3fn).max).view(torch.int32)
     scale = ((bits + 0x7FFFFF) & 0x7F800000).view(torch.float)  # up to a power of two: carried into the exponent
     return ((x.float() / scale).to(torch.float8_e4m3fn).float() * scale).to(x.dtype)
-
-
-def exactly(forward):
-    """For the forward of a module whose products autocast must leave in fp32: rounded scores tie, and choose others."""
-
-    @functools.wraps(forward)
-    def run(*args, **kwargs):
-        device = next(arg for arg in reversed(args) if isinstance(arg, torch.Tensor)).device
-        with torch.autocast(device.type, enabled=False):
-            return forward(*args, **kwargs)
-
-    return run
 
 
 def index_scores(q_BCji: torch.Tensor, w_BCj: torch.Tensor, k_BSi: torch.Tensor) -> torch.Tensor:

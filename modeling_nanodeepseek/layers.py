@@ -38,6 +38,20 @@ def without_autocast(function):
     return run
 
 
+def exactly(function):
+    """For what autocast must leave in its operands' dtype: rounded scores of keys tie, and choose others."""
+
+    @functools.wraps(function)
+    def run(*args, **kwargs):
+        device = next(arg for arg in args if isinstance(arg, torch.Tensor)).device.type
+        if not torch.is_autocast_enabled(device):
+            return function(*args, **kwargs)
+        with torch.autocast(device, enabled=False):
+            return function(*args, **kwargs)
+
+    return run
+
+
 def once_differentiable(backward):
     """For the backward of an autograd.Function: no autocast, and no gradient of the gradient.
 
@@ -77,10 +91,10 @@ class Fp32Linear(nn.Linear):
     """A linear layer whose product is in fp32 (fp64 for fp64) whatever its weight and its input are, under autocast
     too. [..., in] -> [..., out] in that dtype."""
 
+    @exactly
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         exact = torch.promote_types(x.dtype, torch.float32)
-        with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x.to(exact), self.weight.to(exact), None if self.bias is None else self.bias.to(exact))
+        return F.linear(x.to(exact), self.weight.to(exact), None if self.bias is None else self.bias.to(exact))
 
 
 class _WeightedRMSNorm(torch.autograd.Function):

@@ -70,7 +70,10 @@ def rotate(x: torch.Tensor, turns: torch.Tensor, interleaved: bool) -> torch.Ten
     Shapes: x [B, H, T, r]; turns [B, T, r/2] -> [B, H, T, r], dtype of x; arithmetic in fp32 (fp64 for fp64).
     """
     turns = turns[:, None]
-    if interleaved and not torch.compiler.is_compiling():  # compilers do better on real numbers
+    if not interleaved and not torch.compiler.is_compiling():  # compilers do better on real numbers
+        turned = torch.complex(*x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)) * turns
+        return torch.cat((turned.real, turned.imag), dim=-1).to(x.dtype)
+    if interleaved and not torch.compiler.is_compiling():
         pairs = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, 2))
         if pairs.storage_offset() % 2 or any(stride % 2 for stride in pairs.stride()[:-1]):
             pairs = pairs.clone(memory_format=torch.contiguous_format)  # contiguous() keeps an odd offset

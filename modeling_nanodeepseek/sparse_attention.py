@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache
 from .attention import MultiHeadLatentAttention, backend_of
 from .configuration_nanodeepseek import NanoDeepSeekConfig
 from .indexer import IndexerObjective, IndexerRecall, KeySelector, LightningIndexer, chunks
-from .layers import once_differentiable, without_autocast
+from .layers import exactly, once_differentiable
 from .masks import Visibility
 
 # What a multiply-add on gathered latents costs, in multiply-adds of dense attention (measured, docs/log.md).
@@ -39,6 +39,19 @@ def _weights(query_NHl, keys_NKl, hidden_N1K: torch.Tensor | None) -> torch.Tens
     return weights_NHK.masked_fill_(hidden_N1K, 0.0)
 
 
+@exactly
+def _attend(query_NHl, latent_Ml, indices_NK, c: int, wants_p: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """The forward of `_SelectedAttention`."""
+    output_NHc = query_NHl.new_empty(*query_NHl.shape[:2], c)
+    p_NK = query_NHl.new_empty(indices_NK.shape if wants_p else 0, dtype=torch.float)
+    for start, stop, keys_NKl, hidden_N1K in _gathered(latent_Ml, indices_NK, query_NHl.dtype):
+        weights_NHK = _weights(query_NHl[start:stop], keys_NKl, hidden_N1K)
+        torch.bmm(weights_NHK.to(keys_NKl.dtype), keys_NKl[..., :c], out=output_NHc[start:stop])
+        if wants_p:
+            torch.mean(weights_NHK, dim=1, dtype=torch.float, out=p_NK[start:stop])
+    return output_NHc, p_NK
+
+
 class _SelectedAttention(torch.autograd.Function):
     """Attention of each row's H queries to K vectors of `latent`, whose first c numbers are the values.
 
@@ -51,15 +64,8 @@ class _SelectedAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    @without_autocast
     def forward(ctx, query_NHl, latent_Ml, indices_NK, c: int, wants_p: bool):
-        output_NHc = query_NHl.new_empty(*query_NHl.shape[:2], c)
-        p_NK = query_NHl.new_empty(indices_NK.shape if wants_p else 0, dtype=torch.float)
-        for start, stop, keys_NKl, hidden_N1K in _gathered(latent_Ml, indices_NK, query_NHl.dtype):
-            weights_NHK = _weights(query_NHl[start:stop], keys_NKl, hidden_N1K)
-            torch.bmm(weights_NHK.to(keys_NKl.dtype), keys_NKl[..., :c], out=output_NHc[start:stop])
-            if wants_p:
-                torch.mean(weights_NHK, dim=1, dtype=torch.float, out=p_NK[start:stop])
+        output_NHc, p_NK = _attend(query_NHl, latent_Ml, indices_NK, c, wants_p)
         ctx.c = c
         ctx.save_for_backward(query_NHl, latent_Ml, indices_NK)
         ctx.mark_non_differentiable(p_NK)
@@ -133,7 +139,7 @@ def attend_selected(query_BTHl, latent_BSl, indices_BTK, c: int, wants_p: bool =
         first_B11 = torch.arange(B, device=indices_BTK.device)[:, None, None] * apart
         indices_BTK = torch.where(indices_BTK < 0, -1, indices_BTK + first_B11)
     operands = query_BTHl.flatten(0, 1), latent_Ml, indices_BTK.flatten(0, 1), c, wants_p
-    output_NHc, p_NK = _SelectedAttention.apply(*operands)
+    output_NHc, p_NK = (_SelectedAttention.apply if torch.is_grad_enabled() else _attend)(*operands)
     return output_NHc.unflatten(0, (B, T)).to(dtype), p_NK.unflatten(0, (B, T)) if wants_p else None
 
 
@@ -253,6 +259,8 @@ class DeepseekSparseAttention(MultiHeadLatentAttention):
             output_BCHc, p = attend_selected(query_BHCl.transpose(1, 2), latent_B1Sl[:, 0], indices, self.c, wants_p)
             outputs.append((output_BCHc.transpose(1, 2) @ w_Hxc[:, self.n :].mT).transpose(1, 2))
             ps.append(p)
+        if len(outputs) == 1:
+            return outputs[0], ps[0]
         return torch.cat(outputs, dim=1), torch.cat(ps, dim=1) if wants_p else None
 
     def selected_target(self, p_BTK, indices_BTK):
