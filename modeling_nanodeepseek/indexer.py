@@ -132,7 +132,7 @@ class KeySelector(nn.Module):
     def forward(self, q_BTji, w_BTj, k_BSi, visibility: Visibility, shape: tuple[int, int]) -> torch.Tensor:
         B, T = shape
         topk = min(self.topk, visibility.keys)
-        parts = []
+        indices_BTK = None
         for start, stop in chunks(T, B * self.heads * visibility.keys, k_BSi.device, least=16):
             end = visibility.end(stop)
             visible_BCS = None
@@ -147,8 +147,14 @@ class KeySelector(nn.Module):
                 visible_BCS = always_kept(visible_BCS, self.window, self.first)
                 scores_BCS = torch.zeros_like(visible_BCS, dtype=torch.float)
             chosen_BCK = select_keys(scores_BCS, visible_BCS, min(topk, end))
-            parts.append(chosen_BCK if end >= topk else F.pad(chosen_BCK, (0, topk - end), value=-1))
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+            if stop - start == T and end >= topk:
+                return chosen_BCK
+            if indices_BTK is None:
+                # In one tensor: small ones kept between the scores of growing lengths would leave holes in the heap,
+                # each too small for the next scores (22 GB at 128K tokens instead of 2).
+                indices_BTK = chosen_BCK.new_full((B, T, topk), -1)
+            indices_BTK[:, start:stop, : chosen_BCK.shape[-1]] = chosen_BCK
+        return indices_BTK
 
 
 class LightningIndexer(nn.Module):
