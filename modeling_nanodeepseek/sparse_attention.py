@@ -117,9 +117,10 @@ def _rows(latent_BSl: torch.Tensor) -> tuple[torch.Tensor, int]:
     A cache's states are the first S rows of longer buffers: flattened, they would be copied at every token.
     """
     B, S, width = latent_BSl.shape
+    if B == 1 or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return latent_BSl.flatten(0, 1), S
     apart, rest = divmod(latent_BSl.stride(0), width)
-    in_rows = rest == 0 and apart >= S and latent_BSl.stride()[1:] == (width, 1)
-    if B == 1 or not in_rows or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if rest or apart < S or latent_BSl.stride()[1:] != (width, 1):
         return latent_BSl.flatten(0, 1), S
     return latent_BSl.as_strided(((B - 1) * apart + S, width), (width, 1)), apart
 
