@@ -174,6 +174,8 @@ class NanoDeepSeekPreTrainedModel(SparseStages, CheckpointMixin, PreTrainedModel
 
     def post_init(self):
         super().post_init()
+        if not self.config.has_indexer:  # transformers wants no names there of modules that are not
+            self._keep_in_fp32_modules_strict.discard("indexer.weights_proj")
         self.freeze_for_stage()
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
