@@ -141,9 +141,15 @@ class MultiHeadLatentAttention(nn.Module):
             # The latent is the whole state: it is cached as the keys, with values of width 0.
             latent_B1Sl, _ = past_key_values.update(latent_B1Sl, latent_B1Sl[..., :0], self.layer_idx)
 
-        attend = self.attend_expanded if self.expands(T, latent_B1Sl.shape[2]) else self.attend_absorbed
-        output_BTHv, weights_BHTS = attend(q_nope_BHTn, q_rope_BHTr, latent_B1Sl, attention_mask, **kwargs)
+        operands = q_nope_BHTn, q_rope_BHTr, latent_B1Sl
+        output_BTHv, weights_BHTS = self.attend_latents(*operands, attention_mask, **kwargs)
         return self.o_proj(output_BTHv.reshape(B, T, -1)), weights_BHTS
+
+    def attend_latents(self, q_nope_BHTn, q_rope_BHTr, latent_B1Sl, attention_mask, **kwargs):
+        """Attention to all keys in the form that `expands` chooses: [B, T, H, v], weights as the backend gives them."""
+        expands = self.expands(q_nope_BHTn.shape[2], latent_B1Sl.shape[2])
+        attend = self.attend_expanded if expands else self.attend_absorbed
+        return attend(q_nope_BHTn, q_rope_BHTr, latent_B1Sl, attention_mask, **kwargs)
 
     def expands(self, T: int, S: int) -> bool:
         """Whether T queries on S keys run expanded: as `config.attention_form` says, else by cost and by backend."""

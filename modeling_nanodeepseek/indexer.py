@@ -151,7 +151,7 @@ class KeySelector(nn.Module):
                 return chosen_BCK
             if indices_BTK is None:
                 # In one tensor: small ones kept between the scores of growing lengths would leave holes in the heap,
-                # each too small for the next scores (22 GB at 128K tokens instead of 2).
+                # each too small for the next scores (1.3 GB at 32K tokens instead of 73 MB).
                 indices_BTK = chosen_BCK.new_full((B, T, topk), -1)
             indices_BTK[:, start:stop, : chosen_BCK.shape[-1]] = chosen_BCK
         return indices_BTK

@@ -91,7 +91,6 @@ def _gradients(ctx, grad_NHc):
         torch.bmm(ds_NHK, keys_NKl, out=grad_query_NHl[start:stop])
         grad_keys_NKl = torch.bmm(ds_NHK.mT, query)
         grad_keys_NKl[..., : ctx.c] += torch.bmm(weights_NHK.mT, grad)
-        # What an embedding's backward does: rows added up by index, in parallel.
         rows = indices_NK[start:stop].clamp(min=0).flatten()
         grad_latent_Ml.index_add_(0, rows, grad_keys_NKl.flatten(0, 1).to(exact))
     return grad_query_NHl, grad_latent_Ml.to(latent_Ml.dtype), None, None, None
@@ -204,9 +203,7 @@ class DeepseekSparseAttention(MultiHeadLatentAttention):
             q_BTji = self.indexer.as_deployed(index[0]) if self.indexer else None
             indices_BTK = self.selector(q_BTji, index and index[1], keys_B1Si[:, 0], visibility, (B, T))
         if dense:
-            attend = self.attend_expanded if self.expands(T, S) else self.attend_absorbed
-            output_BTHv, weights_BHTS = attend(*queries, latent_B1Sl, attention_mask, **kwargs)
-            p_BTK = None
+            output_BTHv, weights_BHTS = self.attend_latents(*queries, latent_B1Sl, attention_mask, **kwargs)
         else:
             wants_p = index_loss_weight is not None
             output_BTHv, weights_BHTS, p_BTK = self.attend_sparse(*queries, latent_B1Sl, indices_BTK, wants_p, **kwargs)
@@ -224,8 +221,7 @@ class DeepseekSparseAttention(MultiHeadLatentAttention):
         if self.gathers(T, S, indices_BTK.shape[2]):
             output_BTHv, p_BTK = self.attend_gathered(*operands, indices_BTK, wants_p)
             return output_BTHv, None, p_BTK
-        attend = self.attend_expanded if self.expands(T, S) else self.attend_absorbed
-        output_BTHv, weights_BHTS = attend(*operands, mask_of(indices_BTK, S), **kwargs)
+        output_BTHv, weights_BHTS = self.attend_latents(*operands, mask_of(indices_BTK, S), **kwargs)
         # A query without keys gets nothing, where backends would give it the mean of all.
         output_BTHv = output_BTHv.masked_fill((indices_BTK < 0).all(-1)[..., None, None], 0.0)
         with torch.no_grad():

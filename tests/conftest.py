@@ -14,6 +14,7 @@ from packaging.version import Version
 from torch.utils._device import _device_constructors
 
 from modeling_nanodeepseek import NanoDeepSeekConfig, NanoDeepSeekForCausalLM
+from tests.attention_backends import portable_backends  # noqa: F401  (fixture)
 from tests.small_run import corpus, tiny_recipe  # noqa: F401  (fixtures)
 
 # transformers before the release that this project is developed on: what it lacks is named where a test is skipped.

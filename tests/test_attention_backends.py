@@ -15,7 +15,7 @@ from transformers import DataCollatorWithFlattening
 from modeling_nanodeepseek import LatentCache, NanoDeepSeekForCausalLM
 from modeling_nanodeepseek.attention import MultiHeadLatentAttention
 from modeling_nanodeepseek.masks import flash_lengths, packed_documents
-from tests.attention_backends import BACKENDS, portable_backends, use_backend  # noqa: F401  (fixture)
+from tests.attention_backends import BACKENDS, use_backend
 from tests.conftest import SPARSE, assert_close, rms_ratio, tiny_config, tiny_model, tokens
 
 KINDS = {

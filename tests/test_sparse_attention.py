@@ -11,7 +11,7 @@ from modeling_nanodeepseek.sparse_attention import (
     mask_of,
     prefers_gathered,
 )
-from tests.attention_backends import BACKENDS, portable_backends, use_backend  # noqa: F401  (fixture)
+from tests.attention_backends import BACKENDS, use_backend
 from tests.conftest import SPARSE, assert_close, rms_ratio, tiny_model, tokens
 
 # -- the function ------------------------------------------------------------------------------------------------------

@@ -25,12 +25,12 @@ LATENT = {
 def stage(tiny_recipe, tmp_path):
     """The recipe of a run of six steps in the folder `name`, from the model in the folder `start`."""
 
-    def build(name: str, start: str | None = None, model: dict = {}, **changes):  # noqa: B006
+    def build(name: str, start: str | None = None, model: dict | None = None, **changes):
         origin = LATENT if start is None else {"checkpoint": str(tmp_path / start)}
         trainer = {"max_steps": 6, "eval_strategy": "steps", "eval_steps": 3, "report_to": "none"}
         trainer |= changes.pop("trainer", {})
         recipe = tiny_recipe(output_dir=str(tmp_path / name), trainer=trainer, **changes).model_dump()
-        recipe["model"] = origin | model
+        recipe["model"] = origin | (model or {})
         return pretrain.Recipe.model_validate(recipe)
 
     return build
