@@ -6,6 +6,7 @@ heads, i their width, K = index_topk, d hidden, q = q_lora_rank, H attention hea
 
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -81,17 +82,45 @@ def select_keys(scores_BCS: torch.Tensor, visible_BCS: torch.Tensor | None, topk
     Equal scores (in fp32): the later key wins, in every path and on every device. Rows that see fewer keys end in -1.
     `visible` None: all are.
     """
-    eager_cpu = scores_BCS.device.type == "cpu" and not torch.compiler.is_compiling()
-    # One int64 per key that sorts as (score, position): its upper half the score's bits, which a flip makes sort as an
-    # integer, its lower half the position.
+    chosen_BCK = None
+    if scores_BCS.device.type == "cpu" and not torch.compiler.is_compiling():
+        chosen_BCK = _select_untied(scores_BCS, visible_BCS, topk)
+    return _select_ranked(scores_BCS, visible_BCS, topk) if chosen_BCK is None else chosen_BCK
+
+
+def _select_untied(scores_BCS, visible_BCS, topk: int) -> torch.Tensor | None:
+    """`select_keys` by comparing with each row's last chosen score; None if others are equal to it. numpy partitions
+    with AVX-512 or AVX2, many times as fast as torch's topk."""
+    S = scores_BCS.shape[-1]
+    scores_BCS = scores_BCS.float()
+    if visible_BCS is not None:
+        scores_BCS = scores_BCS.masked_fill(~visible_BCS, float("-inf"))
+    scores = scores_BCS.numpy().reshape(-1, S)
+    chosen = scores >= np.partition(scores, S - topk, axis=-1)[:, S - topk, None]
+    if visible_BCS is not None:
+        chosen &= visible_BCS.expand_as(scores_BCS).numpy().reshape(-1, S)
+    positions = np.flatnonzero(chosen)
+    counts = np.bincount(positions // S, minlength=len(scores))
+    if counts.max() > topk:
+        return None
+    if len(positions) == len(scores) * topk:
+        indices = (positions % S).astype(np.int32)
+    else:
+        indices = np.full((len(scores), topk), -1, dtype=np.int32)
+        indices[np.arange(topk) < counts[:, None]] = positions % S
+    return torch.from_numpy(indices).view(*scores_BCS.shape[:-1], topk)
+
+
+def _select_ranked(scores_BCS, visible_BCS, topk: int) -> torch.Tensor:
+    """`select_keys` by one int64 per key that sorts as (score, position): its upper half the score's bits, which a flip
+    makes sort as an integer, its lower half the position."""
     bits = (scores_BCS.float() + 0.0).view(torch.int32)  # + 0.0: minus zero is zero
     bits = ((bits >> 31) & 0x7FFFFFFF) ^ bits
     position_S = torch.arange(bits.shape[-1], dtype=torch.int32, device=bits.device)
     ranked = torch.stack((position_S.expand_as(bits), bits), dim=-1).view(torch.int64).squeeze(-1)
     if visible_BCS is not None:
         ranked = ranked.masked_fill_(~visible_BCS, INVISIBLE)
-    if eager_cpu:
-        # numpy partitions with AVX-512 or AVX2, six times as fast as torch's topk.
+    if scores_BCS.device.type == "cpu" and not torch.compiler.is_compiling():
         ranked.numpy().partition(ranked.shape[-1] - topk, axis=-1)
         best = ranked[..., -topk:]
     else:
@@ -99,10 +128,7 @@ def select_keys(scores_BCS: torch.Tensor, visible_BCS: torch.Tensor | None, topk
     chosen = best.int()  # the lower half
     if visible_BCS is not None:
         chosen = chosen.masked_fill_(best == INVISIBLE, NONE)
-    if eager_cpu:
-        chosen.numpy().sort(axis=-1)
-    else:
-        chosen = chosen.sort(dim=-1).values
+    chosen = chosen.sort(dim=-1).values
     return chosen if visible_BCS is None else chosen.masked_fill_(chosen == NONE, -1)
 
 
