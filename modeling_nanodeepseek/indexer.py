@@ -22,6 +22,7 @@ BLOCK_NUMBERS = 2**18  # products of queries and keys formed at a time on CPUs: 
 
 INVISIBLE = -1 << 63  # ranks below every score
 NONE = 2**31 - 1  # sorts behind every position
+LOWEST = torch.finfo(torch.float).min  # of the scores of visible keys
 
 
 def chunks(tokens: int, numbers_per_token: int, device: torch.device, least: int = 1) -> Iterator[tuple[int, int]]:
@@ -76,30 +77,25 @@ def index_scores(q_BCji: torch.Tensor, w_BCj: torch.Tensor, k_BSi: torch.Tensor)
     return torch.cat([scores_of(keys_BNi) for keys_BNi in k_BSi.split(block, dim=1)], dim=-1)
 
 
-def select_keys(scores_BCS: torch.Tensor, visible_BCS: torch.Tensor | None, topk: int) -> torch.Tensor:
-    """The `topk` visible keys of each row with the highest scores, in order of position: int32 [B, C, topk].
+def select_keys(scores_BCS: torch.Tensor, topk: int) -> torch.Tensor:
+    """The `topk` keys of each row with the highest scores, in order of position: int32 [B, C, topk].
 
-    Equal scores (in fp32): the later key wins, in every path and on every device. Rows that see fewer keys end in -1.
-    `visible` None: all are.
+    Minus infinity is the score of a key that is not visible: rows with fewer visible ones end in -1. Equal scores (in
+    fp32): the later key wins, in every path and on every device.
     """
     chosen_BCK = None
     if scores_BCS.device.type == "cpu" and not torch.compiler.is_compiling():
-        chosen_BCK = _select_untied(scores_BCS, visible_BCS, topk)
-    return _select_ranked(scores_BCS, visible_BCS, topk) if chosen_BCK is None else chosen_BCK
+        chosen_BCK = _select_untied(scores_BCS.float(), topk)
+    return _select_ranked(scores_BCS.float(), topk) if chosen_BCK is None else chosen_BCK
 
 
-def _select_untied(scores_BCS, visible_BCS, topk: int) -> torch.Tensor | None:
+def _select_untied(scores_BCS: torch.Tensor, topk: int) -> torch.Tensor | None:
     """`select_keys` by comparing with each row's last chosen score; None if others are equal to it. numpy partitions
     with AVX-512 or AVX2, many times as fast as torch's topk."""
     S = scores_BCS.shape[-1]
-    scores_BCS = scores_BCS.float()
-    if visible_BCS is not None:
-        scores_BCS = scores_BCS.masked_fill(~visible_BCS, float("-inf"))
     scores = scores_BCS.numpy().reshape(-1, S)
-    chosen = scores >= np.partition(scores, S - topk, axis=-1)[:, S - topk, None]
-    if visible_BCS is not None:
-        chosen &= visible_BCS.expand_as(scores_BCS).numpy().reshape(-1, S)
-    positions = np.flatnonzero(chosen)
+    last = np.partition(scores, S - topk, axis=-1)[:, S - topk, None]
+    positions = np.flatnonzero(scores >= np.maximum(last, LOWEST))
     counts = np.bincount(positions // S, minlength=len(scores))
     if counts.max() > topk:
         return None
@@ -111,25 +107,22 @@ def _select_untied(scores_BCS, visible_BCS, topk: int) -> torch.Tensor | None:
     return torch.from_numpy(indices).view(*scores_BCS.shape[:-1], topk)
 
 
-def _select_ranked(scores_BCS, visible_BCS, topk: int) -> torch.Tensor:
+def _select_ranked(scores_BCS: torch.Tensor, topk: int) -> torch.Tensor:
     """`select_keys` by one int64 per key that sorts as (score, position): its upper half the score's bits, which a flip
     makes sort as an integer, its lower half the position."""
-    bits = (scores_BCS.float() + 0.0).view(torch.int32)  # + 0.0: minus zero is zero
+    bits = (scores_BCS + 0.0).view(torch.int32)  # + 0.0: minus zero is zero
     bits = ((bits >> 31) & 0x7FFFFFFF) ^ bits
     position_S = torch.arange(bits.shape[-1], dtype=torch.int32, device=bits.device)
     ranked = torch.stack((position_S.expand_as(bits), bits), dim=-1).view(torch.int64).squeeze(-1)
-    if visible_BCS is not None:
-        ranked = ranked.masked_fill_(~visible_BCS, INVISIBLE)
+    ranked = ranked.masked_fill_(scores_BCS < LOWEST, INVISIBLE)
     if scores_BCS.device.type == "cpu" and not torch.compiler.is_compiling():
         ranked.numpy().partition(ranked.shape[-1] - topk, axis=-1)
         best = ranked[..., -topk:]
     else:
         best = ranked.topk(topk, dim=-1, sorted=False).values
-    chosen = best.int()  # the lower half
-    if visible_BCS is not None:
-        chosen = chosen.masked_fill_(best == INVISIBLE, NONE)
+    chosen = best.int().masked_fill_(best == INVISIBLE, NONE)  # the lower half
     chosen = chosen.sort(dim=-1).values
-    return chosen if visible_BCS is None else chosen.masked_fill_(chosen == NONE, -1)
+    return chosen.masked_fill_(chosen == NONE, -1)
 
 
 def always_kept(visible_BCS: torch.Tensor, window: int, first: int) -> torch.Tensor:
@@ -161,18 +154,15 @@ class KeySelector(nn.Module):
         indices_BTK = None
         for start, stop in chunks(T, B * self.heads * visibility.keys, k_BSi.device, least=16):
             end = visibility.end(stop)
-            visible_BCS = None
-            if self.always or not visibility.sees_all(start, stop):
-                visible_BCS = visibility.rows(start, stop, k_BSi.device).expand(B, -1, -1)
             if self.learned:
                 scores_BCS = index_scores(q_BTji[:, start:stop], w_BTj[:, start:stop], k_BSi[:, :end])
-                if self.always:
-                    kept_BCS = always_kept(visible_BCS, self.window, self.first)
-                    scores_BCS = scores_BCS.masked_fill(kept_BCS, float("inf"))
             else:
-                visible_BCS = always_kept(visible_BCS, self.window, self.first)
-                scores_BCS = torch.zeros_like(visible_BCS, dtype=torch.float)
-            chosen_BCK = select_keys(scores_BCS, visible_BCS, min(topk, end))
+                scores_BCS = torch.full((B, stop - start, end), -torch.inf, device=k_BSi.device)
+            if self.always:
+                visible_BCS = visibility.rows(start, stop, k_BSi.device)
+                scores_BCS.masked_fill_(always_kept(visible_BCS, self.window, self.first), torch.inf)
+            visibility.hide(scores_BCS, start, stop)
+            chosen_BCK = select_keys(scores_BCS, min(topk, end))
             if stop - start == T and end >= topk:
                 return chosen_BCK
             if indices_BTK is None:

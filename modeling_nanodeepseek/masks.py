@@ -142,11 +142,6 @@ class Visibility:
         """How many of the first keys the queries before `stop` can see."""
         return self.keys if self.mask is not None or not isinstance(self.past, int) else self.past + stop
 
-    def sees_all(self, start: int, stop: int) -> bool:
-        """Whether query `start`, alone, sees all keys before it, as in decoding without padding."""
-        others = self.real is not None or self.documents is not None or self.mask is not None
-        return stop - start == 1 and isinstance(self.past, int) and not others
-
     def rows(self, start: int, stop: int, device: torch.device) -> torch.Tensor:
         """Queries start..stop on the keys that they can see, [B or 1, stop - start, end(stop)]; True is visible."""
         if self.mask is not None:
@@ -159,6 +154,18 @@ class Visibility:
         if self.documents is not None:
             visible = visible & (self.documents[:, start:stop, None] == self.documents[:, None, :end])
         return visible
+
+    def hide(self, scores_BCS: torch.Tensor, start: int, stop: int):
+        """Sets the scores of queries start..stop, [B, stop - start, end(stop)], to minus infinity at keys they do not
+        see."""
+        if self.real is None and self.documents is None and self.mask is None and isinstance(self.past, int):
+            if stop - start == 1:  # as in decoding: all keys are its own or precede it
+                return
+            # What precedes the first of them is seen by all.
+            later = torch.ones(stop - start, stop - start, dtype=torch.bool, device=scores_BCS.device).triu_(1)
+            scores_BCS[..., self.past + start :].masked_fill_(later, -torch.inf)
+        else:
+            scores_BCS.masked_fill_(~self.rows(start, stop, scores_BCS.device), -torch.inf)
 
 
 def visibility(

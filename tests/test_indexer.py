@@ -1,5 +1,6 @@
 """The lightning indexer: which keys are selected, in every path and whatever the chunks, and what is kept anyway."""
 
+import math
 import weakref
 
 import pytest
@@ -29,6 +30,10 @@ def best(scores, visible, k: int) -> list[int]:
 def by_rows(scores, visible, k: int) -> torch.Tensor:
     rows = [best(*row, k) for row in zip(scores.flatten(0, 1), visible.flatten(0, 1))]
     return torch.tensor(rows, dtype=torch.int32).unflatten(0, scores.shape[:2])
+
+
+def seen(scores, visible) -> torch.Tensor:
+    return scores.masked_fill(~visible, -math.inf)
 
 
 def score_cases() -> dict:
@@ -61,27 +66,24 @@ def test_selection(case, select):
     scores = score_cases()[case]
     visible = torch.rand(2, 7, 33) < torch.linspace(0, 1, 7)[:, None]  # from no key at all to all of them
     for k in (1, 5, 33):
-        chosen = select(scores, visible, k)
+        chosen = select(seen(scores, visible), k)
         assert chosen.dtype == torch.int32 and chosen.shape == (2, 7, k)
-        assert torch.equal(by_rows(scores.float(), visible, k), chosen)
-        everything = torch.ones(2, 7, 33, dtype=torch.bool)
-        assert torch.equal(by_rows(scores.float(), everything, k), select(scores, None, k))
-    one_row = visible[:1]
-    assert torch.equal(by_rows(scores, one_row.expand(2, -1, -1), 4), select(scores, one_row.expand(2, -1, -1), 4))
+        assert torch.equal(by_rows(scores.float(), visible & (scores > -math.inf), k), chosen)
+        assert torch.equal(by_rows(scores.float(), scores > -math.inf, k), select(scores, k))
 
 
 def test_of_equal_scores_the_later_key_wins(select):
     scores = torch.tensor([[[0.0, -0.0, 1.0, -0.0, 0.0, -1.0]]])
     visible = torch.ones(1, 1, 6, dtype=torch.bool)
-    assert select(scores, visible, 3).tolist() == [[[2, 3, 4]]]
-    assert select(scores.flip(-1), visible, 3).tolist() == [[[3, 4, 5]]]
+    given = scores.clone()
+    assert select(given, 3).tolist() == [[[2, 3, 4]]]
+    assert torch.equal(given, scores)  # what was given is as it was
+    assert select(scores.flip(-1), 3).tolist() == [[[3, 4, 5]]]
     visible[..., 4] = False
-    assert select(scores, visible, 3).tolist() == [[[1, 2, 3]]]
-    assert scores[0, 0, 0] == 0 and not visible[0, 0, 4]  # what was given is as it was
-    assert select(scores, visible, 5).tolist() == [[[0, 1, 2, 3, 5]]]
+    assert select(seen(scores, visible), 3).tolist() == [[[1, 2, 3]]]
+    assert select(seen(scores, visible), 5).tolist() == [[[0, 1, 2, 3, 5]]]
     visible[..., 2:] = False
-    assert select(scores, visible, 3).tolist() == [[[0, 1, -1]]]
-    assert select(scores, None, 3).tolist() == [[[2, 3, 4]]]
+    assert select(seen(scores, visible), 3).tolist() == [[[0, 1, -1]]]
 
 
 def test_scores_are_the_equation():
@@ -110,14 +112,26 @@ def test_scores_in_blocks_of_keys(block, monkeypatch):
         assert index_scores(q, w, k).shape == (2, 5, 777)
 
 
-def test_when_all_keys_are_seen():
-    """By one query alone, behind as many tokens as are known, without padding, documents or a mask of one's own."""
-    assert Visibility(9, 8).sees_all(0, 1) and Visibility(40, 8).sees_all(0, 1)  # a static cache has room for 40
-    assert Visibility(9).sees_all(8, 9) and not Visibility(9).sees_all(7, 9)
-    assert not Visibility(9, torch.tensor(8)).sees_all(0, 1)
-    assert not Visibility(9, 8, real=torch.ones(1, 9, dtype=torch.bool)).sees_all(0, 1)
-    assert not Visibility(1, documents=torch.zeros(1, 1)).sees_all(0, 1)
-    assert not Visibility(9, 8, mask=torch.ones(1, 1, 9, dtype=torch.bool)).sees_all(0, 1)
+@pytest.mark.parametrize(
+    "visibility",
+    [
+        Visibility(9),
+        Visibility(13, 4),
+        Visibility(40, 4),  # a static cache has room for 40
+        Visibility(13, torch.tensor(4)),
+        Visibility(13, 4, real=torch.arange(13)[None] >= torch.tensor([[0], [6]])),
+        Visibility(9, documents=torch.arange(9)[None] // 4),
+        Visibility(9, mask=(torch.arange(81) % 5 < 3).view(1, 9, 9)),
+    ],
+    ids=["causal", "cached", "static", "static-compiled", "padded", "packed", "own-mask"],
+)
+def test_what_is_not_seen_is_hidden(visibility):
+    for start, stop in ((0, 9), (2, 6), (3, 4), (8, 9)):
+        rows = visibility.rows(start, stop, torch.device("cpu")).expand(2, -1, -1)
+        scores = torch.randn(rows.shape)
+        expected = seen(scores, rows)
+        visibility.hide(scores, start, stop)
+        assert torch.equal(expected, scores)
 
 
 # -- chunks, windows, patterns -----------------------------------------------------------------------------------------
