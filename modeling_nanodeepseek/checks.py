@@ -64,13 +64,13 @@ def check_indices(
             raise ValueError("index_topk_indices holds a key twice for one query: it would count twice, if gathered.")
 
 
-def check_whole_text(past_key_values: Cache | None):
-    """Raises ValueError for cached tokens where the indexer learns: their keys were made without gradients."""
+def check_whole_text(past_key_values: Cache | None, reader: str):
+    """Raises ValueError for cached tokens where something has to see the whole text, or to learn from it."""
     past = 0 if torch.compiler.is_compiling() else cached_tokens(past_key_values)
     if past:
         raise ValueError(
-            f"The cache holds {past} tokens, and the indexer's loss needs the whole text in one call: train without "
-            "past_key_values, or with index_loss_coef=0."
+            f"The cache holds {past} tokens, and {reader} needs the whole text in one call: train without "
+            "past_key_values, or without it (index_loss_coef=0, mtp_loss_coef=0)."
         )
 
 
