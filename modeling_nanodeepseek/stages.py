@@ -47,12 +47,15 @@ class SparseStages:
         trains_mtp = self.learns_mtp and config.mtp_loss_coef > 0
         further = tuple(f"layers.{config.num_hidden_layers + k}." for k in range(config.num_nextn_predict_layers))
         for name, parameter in self.named_parameters():
-            if ".indexer." in name:
+            of_mtp = any(layer in name for layer in further)
+            if of_mtp and not trains_mtp:
+                parameter.requires_grad_(False)
+            elif ".indexer." in name:
                 parameter.requires_grad_(trains_indexer)
             elif config.index_topk is not None and trains_indexer and stage == "warmup":
                 parameter.requires_grad_(False)
-            elif any(layer in name for layer in further):
-                parameter.requires_grad_(trains_mtp)
+            elif of_mtp:
+                parameter.requires_grad_(True)
 
     def with_indexer(self, index_topk: int, **fields):
         """This model with a fresh indexer in every layer, in the stage `warmup`: a new model that shares its weights.
