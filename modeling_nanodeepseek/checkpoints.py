@@ -261,7 +261,7 @@ class CheckpointMixin:
                 raise CheckpointError(
                     f"the weights in {str(load_config.pretrained_model_name_or_path)!r} are not those of its config: "
                     f"{listed(problems)}. The checkpoint is incomplete or its config.json was changed "
-                    f"({self_help(model, problems)}ignore_mismatched_sizes=True initialises such weights anew)."
+                    f"({way_out(model, problems)}ignore_mismatched_sizes=True initialises such weights anew)."
                 )
         model.freeze_for_stage()  # transformers makes new parameters of what it reads
         return loaded
@@ -276,7 +276,7 @@ class CheckpointMixin:
             super().save_pretrained(stage, is_main_process, *args, **kwargs)
 
 
-def self_help(model: PreTrainedModel, problems: list[str]) -> str:
+def way_out(model: PreTrainedModel, problems: list[str]) -> str:
     """What to do where the modules of multi-token prediction alone are missing: tools that do not know them drop
     them."""
     first, depth = model.config.num_hidden_layers, model.config.num_nextn_predict_layers

@@ -1,4 +1,5 @@
 """The stages in which DeepSeek Sparse Attention is trained: what learns in each, and how a dense model gets an indexer.
+(And whether multi-token prediction learns: there is one place that freezes.)
 
 V3.2 report section 2.1: a model trained with dense attention; a warm-up in which attention stays dense and the indexer
 alone learns; sparse training of everything.
