@@ -181,8 +181,8 @@ class NanoDeepSeekTrainer(AtomicCheckpoints, Trainer):
                     [total / self._steps for total in totals] if isinstance(totals, list) else totals / self._steps
                 )
             if "index_loss" in logs:  # which sums over layers, as in the loss
-                config = self.model.config
-                logs["index_kl"] = logs["index_loss"] / (config.num_hidden_layers + config.num_nextn_predict_layers)
+                learning = [p for n, p in self.model.named_parameters() if ".indexer.wk." in n and p.requires_grad]
+                logs["index_kl"] = logs["index_loss"] / len(learning)
             self._name_by_depth(logs)
             logs["tokens_per_second"] = self._tokens / max(self.clock.spent - self._since, 1e-9)
             logs["flop_utilisation"] = logs["tokens_per_second"] * self._flops_per_token / self._peak
