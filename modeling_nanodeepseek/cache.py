@@ -22,9 +22,21 @@ FP8 = torch.float8_e4m3fn
 FP8_BLOCK = 128  # numbers that share a scale
 
 
+def new_buffer(states: torch.Tensor, capacity: int, columns: bool) -> torch.Tensor:
+    """Room for states like these, [B, heads, capacity, width], in memory row by row or column by column.
+
+    Columns are for the indexer's keys: few queries meet them in half the time, because BLAS copies rows to turn them.
+    """
+    B, heads, _, width = states.shape
+    if columns:
+        return states.new_empty(B, heads, width, capacity).mT
+    return states.new_empty(B, heads, capacity, width)
+
+
 class GrowingLayer(DynamicLayer):
     """One layer's states [B, heads, S, width], the first S rows of buffers that are longer, so that most updates copy
-    only news. `keys` and `values` are views of the buffers; rows past S are free to be written.
+    only news. `keys` and `values` are views of the buffers; rows past S are free to be written. The values' buffer
+    lies in columns in memory (`new_buffer`).
     """
 
     def __init__(self, **kwargs):
@@ -80,18 +92,11 @@ class GrowingLayer(DynamicLayer):
         past = self._length
         capacity = max(int(past * GROWTH), length + RESERVE)
         for index, states in enumerate((key_states, value_states)):
-            buffer = self._new_buffer(index, states, capacity)
+            buffer = new_buffer(states, capacity, columns=index == 1)
             if past:
                 buffer.narrow(-2, 0, past).copy_(self._view(index))
             self._buffers[index] = buffer
         self._writable = True
-
-    def _new_buffer(self, index: int, states: torch.Tensor, capacity: int) -> torch.Tensor:
-        B, heads, _, width = states.shape
-        if index == 0:
-            return states.new_empty(B, heads, capacity, width)
-        # Column by column: few queries then meet the indexer's keys in half the time (BLAS copies rows to turn them).
-        return states.new_empty(B, heads, width, capacity).mT
 
     def get_seq_length(self) -> int:
         return self._length

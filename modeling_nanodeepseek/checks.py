@@ -21,6 +21,7 @@ def check_inputs(
     """Raises ValueError for a cache, a mask or positions that do not belong to this model and this input."""
     if torch.compiler.is_compiling():
         return
+    config.validate_stage()  # the one field that is meant to change, and may be set by hand
     B, T, _ = inputs_embeds.shape
     S = T
     if past_key_values is not None:
@@ -45,14 +46,16 @@ def check_indices(
         raise ValueError("index_topk_indices are given, and this model selects no keys (index_topk, dsa_stage).")
     B, T, _ = inputs_embeds.shape
     S = T if past_key_values is None else past_key_values.get_mask_sizes(T, 0)[0]
+    if not isinstance(indices, (tuple, list)):
+        raise ValueError(f"index_topk_indices is a {type(indices).__name__}: it must be a tuple, a tensor per layer.")
     if len(indices) != config.num_hidden_layers:
         raise ValueError(f"index_topk_indices has {len(indices)} layers: it must have {config.num_hidden_layers}.")
     for chosen in indices:
         if not isinstance(chosen, torch.Tensor) or chosen.dtype == torch.bool:
             raise ValueError(f"index_topk_indices holds {type(chosen).__name__}: it must hold tensors of integers.")
-        if chosen.ndim != 3 or chosen.shape[:2] != (B, T) or chosen.is_floating_point():
+        if chosen.ndim != 3 or chosen.shape[:2] != (B, T) or chosen.dtype not in (torch.int32, torch.int64):
             raise ValueError(
-                f"index_topk_indices holds {list(chosen.shape)} of {chosen.dtype}: it must hold integers, "
+                f"index_topk_indices holds {list(chosen.shape)} of {chosen.dtype}: it must hold int32 or int64, "
                 f"[batch, queries, keys] = [{B}, {T}, any]."
             )
         if chosen.device.type == "cpu" and chosen.numel() and not -1 <= int(chosen.min()) <= int(chosen.max()) < S:

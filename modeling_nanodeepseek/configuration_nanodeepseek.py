@@ -466,9 +466,12 @@ class NanoDeepSeekConfig(PreTrainedConfig):
                 divides, "num_key_value_heads", f"it must divide num_attention_heads={self.num_attention_heads}"
             )
 
+    def validate_stage(self):
+        self._require_one_of("dsa_stage", ("dense", "warmup", "sparse"))
+
     def validate_sparse_attention(self):
         self._require_one_of("index_pattern", ("learned", "fixed"))
-        self._require_one_of("dsa_stage", ("dense", "warmup", "sparse"))
+        self.validate_stage()
         self._require_one_of("sparse_form", ("auto", "gathered", "masked"))
         for field in ["index_window", "index_global_tokens", "index_loss_coef"]:
             self._require(getattr(self, field) >= 0, field, "it must be at least 0")

@@ -81,7 +81,7 @@ def select_keys(scores_BCS: torch.Tensor, topk: int) -> torch.Tensor:
     """The `topk` keys of each row with the highest scores, in order of position: int32 [B, C, topk].
 
     Minus infinity is the score of a key that is not visible: rows with fewer visible ones end in -1. Equal scores (in
-    fp32): the later key wins, in every path and on every device.
+    fp32): the later key wins, in every path and on every device. NaN is the lowest score of all.
     """
     chosen_BCK = None
     if scores_BCS.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -90,14 +90,14 @@ def select_keys(scores_BCS: torch.Tensor, topk: int) -> torch.Tensor:
 
 
 def _select_untied(scores_BCS: torch.Tensor, topk: int) -> torch.Tensor | None:
-    """`select_keys` by comparing with each row's last chosen score; None if others are equal to it. numpy partitions
-    with AVX-512 or AVX2, many times as fast as torch's topk."""
+    """`select_keys` by comparing with each row's last chosen score; None if others are equal to it, or for NaN. numpy
+    partitions with AVX-512 or AVX2, many times as fast as torch's topk."""
     S = scores_BCS.shape[-1]
     scores = scores_BCS.numpy().reshape(-1, S)
-    last = np.partition(scores, S - topk, axis=-1)[:, S - topk, None]
-    positions = np.flatnonzero(scores >= np.maximum(last, LOWEST))
+    highest = np.partition(scores, S - topk, axis=-1)[:, S - topk :]  # the last chosen first; NaN is among them
+    positions = np.flatnonzero(scores >= np.maximum(highest[:, :1], LOWEST))
     counts = np.bincount(positions // S, minlength=len(scores))
-    if counts.max() > topk:
+    if counts.max(initial=0) > topk or np.isnan(highest).any():
         return None
     if len(positions) == len(scores) * topk:
         indices = (positions % S).astype(np.int32)
@@ -110,6 +110,7 @@ def _select_untied(scores_BCS: torch.Tensor, topk: int) -> torch.Tensor | None:
 def _select_ranked(scores_BCS: torch.Tensor, topk: int) -> torch.Tensor:
     """`select_keys` by one int64 per key that sorts as (score, position): its upper half the score's bits, which a flip
     makes sort as an integer, its lower half the position."""
+    scores_BCS = scores_BCS.nan_to_num(nan=LOWEST, posinf=torch.inf, neginf=-torch.inf)
     bits = (scores_BCS + 0.0).view(torch.int32)  # + 0.0: minus zero is zero
     bits = ((bits >> 31) & 0x7FFFFFFF) ^ bits
     position_S = torch.arange(bits.shape[-1], dtype=torch.int32, device=bits.device)
@@ -135,22 +136,21 @@ class KeySelector(nn.Module):
     """Chooses the keys of each query, chunk by chunk: scores of all queries are never held.
 
     Arguments of forward: q [B, T, j, i], w [B, T, j], k [B, S, i] as the indexer gives them (a fixed pattern reads
-    none of them); who sees whom; (B, T). -> indices [B, T, min(K, S)], int32, ascending, then -1 where a query sees
-    fewer. The model records them under `index_topk_indices`.
+    none of their numbers); who sees whom; (B, T). -> indices [B, T, min(K, S)], int32, ascending, then -1 where a query
+    sees fewer. The model records them under `index_topk_indices`.
     """
 
     def __init__(self, config: NanoDeepSeekConfig):
         super().__init__()
-        self.topk, self.learned = config.index_topk, config.has_indexer
-        self.window, self.first = config.index_window, config.index_global_tokens
-        self.always = self.window + self.first > 0
+        self.config, self.learned = config, config.has_indexer
         self.heads = config.index_n_heads if self.learned else 1
 
     @torch.no_grad()
     @exactly
     def forward(self, q_BTji, w_BTj, k_BSi, visibility: Visibility, shape: tuple[int, int]) -> torch.Tensor:
         B, T = shape
-        topk = min(self.topk, visibility.keys)
+        topk = min(self.config.index_topk, visibility.keys)
+        window, first = self.config.index_window, self.config.index_global_tokens
         indices_BTK = None
         for start, stop in chunks(T, B * self.heads * visibility.keys, k_BSi.device, least=16):
             end = visibility.end(stop)
@@ -158,9 +158,9 @@ class KeySelector(nn.Module):
                 scores_BCS = index_scores(q_BTji[:, start:stop], w_BTj[:, start:stop], k_BSi[:, :end])
             else:
                 scores_BCS = torch.full((B, stop - start, end), -torch.inf, device=k_BSi.device)
-            if self.always:
+            if window + first > 0:
                 visible_BCS = visibility.rows(start, stop, k_BSi.device)
-                scores_BCS.masked_fill_(always_kept(visible_BCS, self.window, self.first), torch.inf)
+                scores_BCS.masked_fill_(always_kept(visible_BCS, window, first), torch.inf)
             visibility.hide(scores_BCS, start, stop)
             chosen_BCK = select_keys(scores_BCS, min(topk, end))
             if stop - start == T and end >= topk:
@@ -299,14 +299,14 @@ class IndexerRecall(nn.Module):
     @torch.no_grad()
     @exactly
     def forward(self, target: Callable, indices_BTK: torch.Tensor, keys: int) -> torch.Tensor:
-        B, T, K = indices_BTK.shape
+        B, T, _ = indices_BTK.shape
         recall_BT = torch.full((B, T), float("nan"), device=indices_BTK.device)
         for start, stop in chunks(T, B * self.heads * keys, indices_BTK.device):
             p_BCS, visible_BCS = target(start, stop)
             chosen = indices_BTK[:, start:stop]
             # A chunk's keys end where its queries' do; what lies beyond is -1.
             mass_BCK = p_BCS.gather(-1, chosen.clamp(0, p_BCS.shape[-1] - 1).long()).masked_fill(chosen < 0, 0.0)
-            some = visible_BCS.sum(-1) > K
+            some = visible_BCS.sum(-1) > (chosen >= 0).sum(-1)
             recall_BT[:, start:stop] = torch.where(some, mass_BCK.sum(-1), float("nan"))
         return recall_BT
 

@@ -159,7 +159,7 @@ class Visibility:
         """Sets the scores of queries start..stop, [B, stop - start, end(stop)], to minus infinity at keys they do not
         see."""
         if self.real is None and self.documents is None and self.mask is None and isinstance(self.past, int):
-            if stop - start == 1:  # as in decoding: all keys are its own or precede it
+            if stop - start == 1:  # as in decoding: keys up to `end` are its own or precede it
                 return
             # What precedes the first of them is seen by all.
             later = torch.ones(stop - start, stop - start, dtype=torch.bool, device=scores_BCS.device).triu_(1)

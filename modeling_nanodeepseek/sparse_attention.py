@@ -165,7 +165,6 @@ class DeepseekSparseAttention(MultiHeadLatentAttention):
 
     def __init__(self, config: NanoDeepSeekConfig, layer_idx: int):
         super().__init__(config, layer_idx)
-        self.topk = config.index_topk
         self.indexer = LightningIndexer(config) if config.has_indexer else None
         self.selector = KeySelector(config)
         self.objective = IndexerObjective(config) if config.has_indexer else None
@@ -196,7 +195,7 @@ class DeepseekSparseAttention(MultiHeadLatentAttention):
 
         S = latent_B1Sl.shape[2]
         given, measured = index_topk_indices is not None, kwargs.get("output_index_recall", False)
-        dense = self.config.dsa_stage == "warmup" or (S <= self.topk and not given)
+        dense = self.config.dsa_stage == "warmup" or (S <= self.config.index_topk and not given)
         if given:
             indices_BTK = index_topk_indices
         elif not dense or measured or kwargs.get("output_index_topk_indices", False):

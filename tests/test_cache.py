@@ -416,3 +416,24 @@ def test_fp8_refuses_gradients_and_other_models():
     other = Fp8LatentCache(tiny_config(kv_lora_rank=24))
     with torch.no_grad(), pytest.raises(ValueError, match=r"made for 24 \+ 6 .* 28"):
         model(ids, past_key_values=other)
+
+
+def test_the_keys_of_an_indexer_lie_in_columns():
+    """Whatever is done to the cache: turning rows would take as long as the product with them."""
+    cache = LatentCache(tiny_config(**SPARSE))
+    with torch.no_grad():
+        for tokens in (9, 1, 100, 1):
+            keys, values = cache.update(torch.randn(2, 1, tokens, 28), torch.randn(2, 1, tokens, 10), 0)
+    states = values.clone()
+    for change in (
+        lambda: cache.reorder_cache(torch.tensor([1, 0])),
+        lambda: cache.batch_repeat_interleave(2),
+        lambda: cache.batch_select_indices(torch.tensor([0, 2])),
+        lambda: cache.crop(-7),
+    ):
+        change()
+        with torch.no_grad():
+            one = len(cache.layers[0].keys)
+            keys, values = cache.update(torch.randn(one, 1, 1, 28), torch.randn(one, 1, 1, 10), 0)
+        assert values.stride()[-2] == 1 and keys.stride()[-1] == 1
+    assert torch.equal(states[[1, 0], :, :100], values[:, :, :100])

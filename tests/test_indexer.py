@@ -48,6 +48,10 @@ def score_cases() -> dict:
         "infinite": torch.where(random > 0.8, float("inf"), torch.where(random < -0.8, float("-inf"), random)),
         "all-minus-infinity": torch.full((2, 7, 33), float("-inf")),
         "tiny": random * 1e-42,
+        "nan": torch.where(random > 0.8, float("nan"), random),
+        "nan-of-both-signs": torch.where(
+            random > 0.8, -torch.tensor(float("nan")), torch.where(random < 0, float("nan"), random)
+        ),
         "fp64": random.double() * 1e-3,
     }
 
@@ -68,8 +72,21 @@ def test_selection(case, select):
     for k in (1, 5, 33):
         chosen = select(seen(scores, visible), k)
         assert chosen.dtype == torch.int32 and chosen.shape == (2, 7, k)
-        assert torch.equal(by_rows(scores.float(), visible & (scores > -math.inf), k), chosen)
-        assert torch.equal(by_rows(scores.float(), scores > -math.inf, k), select(scores, k))
+        ranks = scores.float().nan_to_num(nan=torch.finfo(torch.float).min, posinf=math.inf, neginf=-math.inf)
+        assert torch.equal(by_rows(ranks, visible & (ranks > -math.inf), k), chosen)
+        assert torch.equal(by_rows(ranks, ranks > -math.inf, k), select(scores, k))
+
+
+def test_scores_that_differ_are_not_ranked(monkeypatch):
+    """On CPUs comparing is enough, also for rows that see fewer keys than are chosen; of equal ones it is not."""
+    ranked = []
+    monkeypatch.setattr(indexer, "_select_ranked", lambda *args: ranked.append(args))
+    scores = torch.randn(2, 7, 33)
+    visible = torch.rand(2, 7, 33) < torch.linspace(0, 1, 7)[:, None]
+    assert torch.equal(by_rows(scores, visible, 5), select_keys(seen(scores, visible), 5)) and not ranked
+    select_keys(scores.round(), 5)
+    select_keys(torch.full((1, 1, 9), float("nan")), 5)
+    assert len(ranked) == 2
 
 
 def test_of_equal_scores_the_later_key_wins(select):

@@ -395,6 +395,25 @@ def test_impossible_stages(case):
         build()
 
 
+@pytest.mark.parametrize("stage", ["spares", "warm-up"])
+def test_a_stage_misspelt_by_hand(stage):
+    model = stage_model("sparse")
+    model.config.dsa_stage = stage
+    with pytest.raises(ValueError, match="dsa_stage='?.*is not possible: allowed are"):
+        model(tokens())
+
+
+def test_the_number_of_keys_changed_by_hand():
+    """All that depends on it follows: the choice, the mask, and when attention is dense."""
+    ids, real = tokens(), torch.ones(2, 31, dtype=torch.long)
+    real[0, :6] = 0
+    for before, after in ((20, 5), (5, 20), (64, 5), (5, 64)):
+        model = tiny_model(**INDEXER | {"index_topk": before})
+        model.config.index_topk = after
+        expected = tiny_model(**INDEXER | {"index_topk": after})(ids, attention_mask=real).logits
+        assert_close(expected, model(ids, attention_mask=real).logits, 1e-6)
+
+
 def test_a_refused_stage_leaves_the_model_alone():
     model = tiny_model()
     with pytest.raises(ValueError):
