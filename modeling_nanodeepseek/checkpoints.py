@@ -295,8 +295,9 @@ def loading_problems(model: PreTrainedModel, info, files: list[str]) -> list[str
         problems[name] = f"{name} is {list(found)}, not {list(expected)}"
     problems |= {name: f"{name} cannot be put together" for name in info.conversion_errors}
     # A bias or a scale that is not used would be missed. The layer of a module may hold copies of embedding and head.
-    ours = {f"layers.{layer}." for layer in range(model.config.num_hidden_layers)}
-    homeless = {name for name in info.unexpected_keys if any(layer in name for layer in ours)}
+    ours = {f"layers.{i}." for i in range(model.config.num_hidden_layers + model.config.num_nextn_predict_layers)}
+    copies = (".embed_tokens.weight", ".shared_head.head.weight")
+    homeless = {n for n in info.unexpected_keys if any(layer in n for layer in ours) and not n.endswith(copies)}
     problems |= {name: f"{name} has no place in the model" for name in homeless}
     owners = {name.rpartition(".")[0] for name in problems}
     experts = {owner for owner in owners if hasattr(model.get_submodule(owner), "stacked_names")}

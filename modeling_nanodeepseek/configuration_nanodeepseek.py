@@ -137,7 +137,8 @@ class NanoDeepSeekConfig(PreTrainedConfig):
 
     Multi-token prediction (V3 report section 2.2)
         num_nextn_predict_layers: depth D, modules that each predict one token further; 0 builds none.
-        mtp_loss_coef: weight lambda of their mean loss in training; with 0 they are frozen, as RL wants it.
+        mtp_loss_coef: weight lambda of their mean loss in training with labels, where any of their parameters learns; a
+            model built or loaded with 0 has them frozen, as losses of one's own (RL) want it.
         mtp_detach_trunk: their loss reaches the modules alone, not the decoder, the embedding and the head.
 
     Norms, embeddings, training

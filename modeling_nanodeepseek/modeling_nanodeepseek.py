@@ -29,7 +29,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .attention import GroupedQueryAttention, MultiHeadLatentAttention
 from .cache import Fp8LatentCache, LatentCache, check_offloading
 from .checkpoints import CheckpointMixin, register_conversions
-from .checks import check_indices, check_inputs, check_length, check_whole_text
+from .checks import check_drafting, check_indices, check_inputs, check_length, check_whole_text
 from .configuration_nanodeepseek import NanoDeepSeekConfig
 from .decoder import NanoDeepSeekDecoderLayer
 from .experts import DEFAULT_EXPERTS, GatedExperts, PlainExperts
@@ -38,7 +38,7 @@ from .layers import RMSNorm
 from .losses import is_plain_linear, linear_cross_entropy
 from .masks import masks, real_token_mask
 from .moe import TopkRouter, sequence_balance_loss
-from .mtp import Drafter, DraftReport, MultiTokenPredictor, mtp_loss
+from .mtp import Drafter, DraftReport, MtpLoss, MultiTokenPredictor, mtp_loss
 from .rotary import RotaryEmbedding
 from .stages import SparseStages
 
@@ -229,7 +229,8 @@ class NanoDeepSeekModel(NanoDeepSeekPreTrainedModel):
             index_topk_indices: per layer the keys to attend to, [B, T, any], -1 for none, instead of those its indexer
                 would choose: a replay of what `output_index_topk_indices` returned. They must be visible
                 (a key of the future is not refused), and none twice.
-            output_mtp_hidden_states: run multi-token prediction's modules too, on the whole text without a cache.
+            output_mtp_hidden_states: run multi-token prediction's modules too, on the whole text without a cache. They
+                choose keys by their own indexers, in a replay too; what is recorded of them follows the layers'.
 
         Raises: ValueError for both or neither of ids and embeddings, for an id outside the vocabulary (on a CPU; an
             accelerator would have to wait for the answer), and for a mask, positions or a cache that do not belong
@@ -330,6 +331,7 @@ class NanoDeepSeekForCausalLM(NanoDeepSeekPreTrainedModel, GenerationMixin):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.draft_report: DraftReport | None = None  # of the latest generate(use_mtp=True)
+        self._drafts = config.num_nextn_predict_layers
         # Of multi-token prediction's layers official checkpoints hold copies of the embedding and the head. The whole
         # layer is named, because transformers' own MtpModel finds its tensors by this.
         beyond = range(config.num_hidden_layers, config.num_hidden_layers + config.num_nextn_predict_layers)
@@ -407,16 +409,17 @@ class NanoDeepSeekForCausalLM(NanoDeepSeekPreTrainedModel, GenerationMixin):
         predicted = None
         if further and self.config.dsa_stage != "warmup":
             places = {"attention_mask": attention_mask, "position_ids": position_ids}
-            detached = self.config.mtp_detach_trunk
-            predicted = mtp_loss(outputs.mtp_hidden_states, self.lm_head, labels, detached=detached, **places, **kwargs)
+            predicted = self._mtp_loss(outputs.mtp_hidden_states, labels, **places, **kwargs)
             loss = loss + self.config.mtp_loss_coef * predicted.loss
+        layers = self.config.num_hidden_layers
         output = NanoDeepSeekCausalLMOutput(
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            router_logits=outputs.router_logits if shows_routing else None,
+            attentions=outputs.attentions
+            and outputs.attentions[:layers],  # the modules' of multi-token prediction follow
+            router_logits=self._of_decoder(outputs.router_logits) if shows_routing else None,
             ce_loss=ce_loss,
             balance_loss=balance_loss,
             index_loss=index_loss,
@@ -426,8 +429,8 @@ class NanoDeepSeekForCausalLM(NanoDeepSeekPreTrainedModel, GenerationMixin):
             mtp_targets=None if predicted is None else predicted.targets,
             mtp_hidden_states=outputs.mtp_hidden_states if shows_further else None,
             last_hidden_state=hidden_states if kwargs.get("output_last_hidden_state") else None,
-            index_topk_indices=outputs.get("index_topk_indices") or None,
-            index_recall=outputs.get("index_recall") or None,
+            index_topk_indices=(outputs.get("index_topk_indices") or ())[:layers] or None,
+            index_recall=(outputs.get("index_recall") or ())[:layers] or None,
         )
         return output if return_dict else output.to_tuple()
 
@@ -450,6 +453,15 @@ class NanoDeepSeekForCausalLM(NanoDeepSeekPreTrainedModel, GenerationMixin):
         """While its modules learn, or (in the warm-up) their indexers; so none of their parameters goes unused."""
         learns = any(p.requires_grad for module in self.model.predictors for p in module.parameters())
         return self.training and labels is not None and learns
+
+    def _mtp_loss(self, states: tuple[torch.Tensor, ...], labels, **kwargs) -> MtpLoss:
+        if torch.is_grad_enabled() and not states[-1].requires_grad:
+            raise ValueError(REENTRANT.format("loss of multi-token prediction", "mtp_detach_trunk=False"))
+        return mtp_loss(states, self.lm_head, labels, detached=self.config.mtp_detach_trunk, **kwargs)
+
+    def _of_decoder(self, router_logits: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """Without those of multi-token prediction's modules."""
+        return router_logits[: sum(self.config.is_moe_layer(i) for i in range(self.config.num_hidden_layers))]
 
     def _index_loss(self, losses: tuple[torch.Tensor, ...]) -> torch.Tensor:
         trained = any(p.requires_grad for name, p in self.named_parameters() if ".indexer." in name)
@@ -512,13 +524,18 @@ class NanoDeepSeekForCausalLM(NanoDeepSeekPreTrainedModel, GenerationMixin):
         given = [kwargs.get("num_assistant_tokens"), getattr(generation_config, "num_assistant_tokens", None)]
         given += [self.generation_config.num_assistant_tokens, self.config.num_nextn_predict_layers]
         prepared, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
-        if prepared.use_mtp and prepared.num_beams > 1:
-            raise ValueError(
-                f"use_mtp=True with num_beams={prepared.num_beams} is not possible: drafts are for greedy decoding and "
-                "sampling alone."
-            )
+        if prepared.use_mtp:
+            check_drafting(prepared)
         self._drafts = next(number for number in given if number is not None)
         return prepared, model_kwargs
+
+    def _get_stopping_criteria(self, generation_config, stopping_criteria=None, **kwargs):
+        if generation_config.use_mtp and stopping_criteria:
+            raise ValueError(
+                "use_mtp=True with stopping_criteria is not possible: several tokens are accepted at a time, and the "
+                "text would run beyond them. End it by eos_token_id or max_new_tokens."
+            )
+        return super()._get_stopping_criteria(generation_config, stopping_criteria=stopping_criteria, **kwargs)
 
     def prepare_inputs_for_generation(
         self,
@@ -549,6 +566,8 @@ class NanoDeepSeekForCausalLM(NanoDeepSeekPreTrainedModel, GenerationMixin):
         """With use_mtp our own modules draft. Refuses an assistant that would reach its last position before we do:
         later, the text would be lost."""
         if generation_config.use_mtp:
+            if assistant_model is not None or kwargs.get("model_kwargs", {}).get("inputs_embeds") is not None:
+                raise ValueError("use_mtp=True is not possible with an assistant_model, nor with inputs_embeds.")
             return self._get_drafter(generation_config, logits_processor)
         kwargs["logits_processor"] = logits_processor
         limit = getattr(getattr(assistant_model, "config", None), "max_position_embeddings", None)

@@ -40,7 +40,8 @@ class MultiTokenPredictor(DecoderBlock):
 
     def __init__(self, config: NanoDeepSeekConfig, layer_idx: int):
         super().__init__(config, layer_idx)
-        # transformers' MtpModel makes its layers by the type of the last one here, and has the rest itself.
+        # False in transformers' MtpModel alone: it makes decoder layers 0..D-1 by the type of the last layer here, and
+        # combines states and embeddings itself.
         self.combines = layer_idx >= config.num_hidden_layers
         if self.combines:
             self.enorm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.rms_norm_weight)
@@ -68,6 +69,7 @@ def further_targets(
     """What module k is to predict at each position, t_{i+k+1}: [B, T], ignore_index where there is nothing.
 
     That is beyond the end, where the next-token loss ignores that token, in another document than t_i, and in padding.
+    Documents are known by position_ids that start anew; a 4-D mask alone tells nothing about targets.
 
     Args:
         shift_labels: [B, T], the next token of each position or ignore_index.
@@ -126,11 +128,12 @@ def mtp_loss(
     if shift_labels is None:
         shift_labels = F.pad(labels[..., 1:], (0, 1), value=ignore_index)
     items = (shift_labels != ignore_index).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+    items = items.to(states[0].device) if torch.is_tensor(items) else items
     losses, correct, counts = [], [], []
     for k, hidden_BTd in enumerate(states, start=1):
         targets = further_targets(k, shift_labels, attention_mask, position_ids, ignore_index)
         total, right = summed_cross_entropy(hidden_BTd, head, targets, ignore_index, detached)
-        losses.append(total / items)
+        losses.append(total.to(states[0].device) / items)
         correct.append(right)
         counts.append((targets != ignore_index).sum())
     depth_losses = torch.stack(losses)
@@ -222,15 +225,15 @@ class Drafter(CandidateGenerator):
                 states = fresh if self.unread[k] is None else torch.cat((self.unread[k], fresh), dim=1)
             else:
                 states = outputs[-1][:, -1:]
-            outputs.append(self.read(k, states, tokens, padding, end=tokens.shape[1]))
+            outputs.append(self.read(k, states, tokens, padding))
             logits.append(self.logits(outputs[-1][:, -1:], tokens))
             tokens = torch.cat((tokens, self.choose(logits[-1])), dim=1)
         self.forget(outputs, chosen)
         self.report.drafted += depth
         return tokens, torch.stack(logits, dim=1)
 
-    def read(self, k: int, states: torch.Tensor, tokens: torch.Tensor, padding, end: int) -> torch.Tensor:
-        """Module k + 1 on `states`, with the tokens before `end` as those that follow them."""
+    def read(self, k: int, states: torch.Tensor, tokens: torch.Tensor, padding) -> torch.Tensor:
+        """Module k + 1 on `states`, each with the token it predicts from; the last of `tokens` is the last state's."""
         cache, count = self.caches[k], states.shape[1]
         start = self.first + cache.get_seq_length()
         position_ids = torch.arange(start, start + count, device=tokens.device)[None]
@@ -239,12 +242,12 @@ class Drafter(CandidateGenerator):
             mask = F.pad(padding, (0, max(0, start + count - padding.shape[1])), value=1)[:, : start + count]
             position_ids = (mask.cumsum(-1) - 1).clamp(min=0)[:, start:]
             mask = mask[:, self.first :]
-        ahead = tokens[:, end - count : end]
+        ahead = tokens[:, -count:]
         return self.model.model.predict_further(self.modules[k], states, ahead, position_ids, mask, cache)
 
     def logits(self, state: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """[1, V], after the processors that the model's own logits go through."""
-        scores = self.model.lm_head(state)[:, 0].float()
+        scores = self.model.lm_head(state)[:, 0].float().to(tokens.device)
         return self.processor(tokens, scores) if self.processor else scores
 
     def choose(self, logits: torch.Tensor) -> torch.Tensor:

@@ -41,7 +41,7 @@ class SparseStages:
 
     def freeze_for_stage(self):
         """Takes the gradients of what does not learn in the config's stage, or never: an indexer or a module of
-        multi-token prediction without its loss."""
+        multi-token prediction without its loss. Where they have it, indexer and modules learn (again)."""
         # A parameter without a gradient would stop DDP, and an optimizer's weight decay would still move it.
         config, stage = self.config, self.config.dsa_stage
         trains_indexer = self.learns_indexer and stage != "dense" and config.index_loss_coef > 0
@@ -49,7 +49,9 @@ class SparseStages:
         further = tuple(f"layers.{config.num_hidden_layers + k}." for k in range(config.num_nextn_predict_layers))
         for name, parameter in self.named_parameters():
             of_mtp = any(layer in name for layer in further)
-            if of_mtp and not trains_mtp:
+            if not parameter.is_floating_point():
+                continue  # quantised: it cannot learn
+            elif of_mtp and not trains_mtp:
                 parameter.requires_grad_(False)
             elif ".indexer." in name:
                 parameter.requires_grad_(trains_indexer)

@@ -2,7 +2,14 @@
 
 import pytest
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList, TextStreamer, pipeline
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    StoppingCriteriaList,
+    TextStreamer,
+    pipeline,
+)
 
 from modeling_nanodeepseek import LatentCache, NanoDeepSeekForCausalLM
 from modeling_nanodeepseek.mtp import DraftReport
@@ -70,18 +77,17 @@ def test_what_a_module_reads_is_what_it_is_trained_on(kind):
     with torch.no_grad():
         states = model(text, output_mtp_hidden_states=True).mtp_hidden_states
     compared = 0
+
+    def is_true(k: int, position: int, ahead: list[int]) -> bool:
+        """Whether the tokens that module k + 1 read up to this position are those of the text."""
+        return ahead == text[0, position - len(ahead) + k + 2 : position + k + 2].tolist()
+
     for k, position, ahead, output in seen:
-        first = position - len(ahead) + 1
-        if ahead == text[0, first + k + 1 : position + k + 2].tolist():  # no draft among them was wrong
-            expected = states[k][:, first : position + 1]
-            earlier = [a for j, p, a, _ in seen if j < k and p == position]
-            if all(
-                a == text[0, p - len(a) + 1 + j + 1 : p + j + 2].tolist()
-                for j, p, a, _ in seen
-                if p == position and j < k
-            ):
-                assert (expected - output).abs().max() < 1e-5 * expected.abs().max(), (k, position, earlier)
-                compared += 1
+        before = [call[:3] for call in seen if call[0] <= k and call[1] == position]
+        if all(is_true(*call) for call in before):
+            expected = states[k][:, position + 1 - len(ahead) : position + 1]
+            assert (expected - output).abs().max() < 1e-5 * expected.abs().max(), (k, position)
+            compared += 1
     assert compared > 25
 
 
@@ -197,7 +203,7 @@ def test_sampling_is_distributed_as_plain_sampling(settings):
     assert statistic < freedom + 4 * (2 * freedom) ** 0.5, (statistic, freedom)
 
 
-def test_streaming_and_pipeline(tmp_path):
+def test_streaming():
     class Words:
         """Stands in for a tokenizer: transformers' streamer asks it for text alone."""
 
@@ -226,7 +232,8 @@ def test_pipeline(tmp_path):
     settings = {"max_new_tokens": 12, "do_sample": False}
     plain = speak("words of", **settings)[0]["generated_text"]
     assert plain == speak("words of", use_mtp=True, **settings)[0]["generated_text"]
-    assert isinstance(speak.model.draft_report, DraftReport)
+    report = speak.model.draft_report
+    assert isinstance(report, DraftReport) and report.drafted >= 10
 
 
 IMPOSSIBLE = {
@@ -235,7 +242,19 @@ IMPOSSIBLE = {
     "beams": (lambda: mtp_model(1), {"num_beams": 3}, "num_beams=3 is not possible"),
     "static": (lambda: mtp_model(1), {"cache_implementation": "static"}, "not supported with Static"),
     "no cache": (lambda: mtp_model(1), {"use_cache": False}, "requires `use_cache=True`"),
-    "several rows": (lambda: mtp_model(1), {"num_return_sequences": 2, "do_sample": True}, "batch_size = 1|num_return"),
+    "several rows": (lambda: mtp_model(1), {"num_return_sequences": 2, "do_sample": True}, "num_return_sequences"),
+    "stop strings": (lambda: mtp_model(1), {"stop_strings": ["a"]}, "stop_strings=.*not possible"),
+    "time": (lambda: mtp_model(1), {"max_time": 1.0}, "max_time=1.0"),
+    "guidance": (lambda: mtp_model(1), {"guidance_scale": 1.7}, "guidance_scale=1.7"),
+    "ensemble": (lambda: mtp_model(1), {"assistant_ensemble_weight": 0.3}, "assistant_ensemble_weight=0.3"),
+    "lookup": (lambda: mtp_model(1), {"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens=3"),
+    "early exit": (lambda: mtp_model(1), {"assistant_early_exit": 1}, "assistant_early_exit=1"),
+    "assistant": (lambda: mtp_model(1), {"assistant_model": tiny_model()}, "not possible with an assistant_model"),
+    "criteria": (
+        lambda: mtp_model(1),
+        {"stopping_criteria": StoppingCriteriaList([MaxLengthCriteria(7)])},
+        "use_mtp=True with stopping_criteria",
+    ),
 }
 
 
@@ -244,6 +263,12 @@ def test_impossible(case):
     build, settings, message = IMPOSSIBLE[case]
     with pytest.raises(ValueError, match=message):
         write(build(), tokens(1, 5), use_mtp=True, **settings)
+
+
+def test_embeddings_are_refused():
+    model = mtp_model(1)
+    with pytest.raises(ValueError, match="not possible with .* inputs_embeds"):
+        model.generate(inputs_embeds=model.model.embed_tokens(tokens(1, 5)), use_mtp=True, max_new_tokens=3)
 
 
 def test_a_batch_is_refused():

@@ -5,7 +5,12 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file, save_file
 
-from modeling_nanodeepseek import NanoDeepSeekForCausalLM, NanoDeepSeekForSequenceClassification, NanoDeepSeekModel
+from modeling_nanodeepseek import (
+    NanoDeepSeekForCausalLM,
+    NanoDeepSeekForSequenceClassification,
+    NanoDeepSeekModel,
+    update_expert_bias,
+)
 from modeling_nanodeepseek.checkpoints import CheckpointError
 from modeling_nanodeepseek.decoder import NanoDeepSeekDecoderLayer
 from modeling_nanodeepseek.mtp import further_targets
@@ -212,13 +217,10 @@ def test_accumulation_is_the_whole_batch(kind):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointed_activations(reentrant, kind):
-    if reentrant:  # whose other losses are refused
-        KINDS_OFF = {"aux_loss_alpha": 0.0, "index_loss_coef": 0.0}
-    else:
-        KINDS_OFF = {}
+    off = {"aux_loss_alpha": 0.0, "index_loss_coef": 0.0} if reentrant else {}  # losses that are refused there
     ids, gradients = tokens(), []
     for checkpointed in (False, True):
-        model = mtp_model(2, kind, **KINDS_OFF).train()
+        model = mtp_model(2, kind, **off).train()
         if checkpointed:
             checkpoint_activations(model, use_reentrant=reentrant)
         model(ids, labels=ids).loss.backward()
@@ -227,6 +229,48 @@ def test_checkpointed_activations(reentrant, kind):
         assert counts == [ids.numel() * 3] * 4
     for name, expected in gradients[0].items():
         assert_close(expected, gradients[1][name], 1e-6, name)
+
+
+def test_a_detached_trunk_under_reentrant_checkpoints_is_refused():
+    """Nothing that enters a module wants a gradient, so nothing in it would get one."""
+    model = mtp_model(2, mtp_detach_trunk=True, aux_loss_alpha=0.0).train()
+    checkpoint_activations(model, use_reentrant=True)
+    with pytest.raises(ValueError, match="no gradient under reentrant .* mtp_detach_trunk=False"):
+        model(tokens(), labels=tokens())
+
+
+def test_quantised_weights_stay_frozen():
+    model = mtp_model(1, "dsa")
+    for owner, name in (
+        (model.model.layers[3].eh_proj, "weight"),
+        (model.model.layers[0].self_attn.indexer.wk, "weight"),
+    ):
+        packed = torch.nn.Parameter(torch.zeros(5, 4, dtype=torch.uint8), requires_grad=False)
+        setattr(owner, name, packed)
+    model.freeze_for_stage()
+    assert not model.model.layers[3].eh_proj.weight.requires_grad and model.model.layers[3].enorm.weight.requires_grad
+
+
+def test_what_is_recorded_is_the_decoders():
+    """And can be replayed; modules choose keys of their own."""
+    model, ids = mtp_model(2, "dsa").train(), tokens()
+    model.set_attn_implementation("eager")
+    flags = {"output_index_topk_indices": True, "output_index_recall": True, "output_attentions": True}
+    output = model(ids, labels=ids, output_router_logits=True, **flags)
+    assert len(output.index_topk_indices) == len(output.index_recall) == len(output.attentions) == 3
+    assert len(output.router_logits) == 2
+    again = model(ids, labels=ids, index_topk_indices=output.index_topk_indices)
+    assert_close(output.loss, again.loss, 1e-6)
+
+
+def test_resting_modules_are_not_in_the_load():
+    loads = []
+    for depth in (0, 2):
+        model = tiny_model(num_nextn_predict_layers=depth, mtp_loss_coef=0.0).train()
+        model.load_state_dict(mtp_model(2).state_dict(), strict=depth == 2)
+        model(tokens(), labels=tokens())
+        loads.append(update_expert_bias(model, gamma=0.01).metrics())
+    assert loads[0] == pytest.approx(loads[1])
 
 
 def test_bf16_stays_close():
@@ -254,7 +298,7 @@ def test_evaluation_and_inference_leave_them_alone():
     assert len(output.hidden_states) == 4 and torch.equal(output.hidden_states[-1], output.last_hidden_state)
     assert output.logits is not None
     routed = model.train()(ids, labels=ids, output_router_logits=True)
-    assert len(routed.router_logits) == 4  # two layers of the decoder with experts, and two modules
+    assert len(routed.router_logits) == 2  # the layers with experts; of the modules' the loss alone knows
 
 
 def test_frozen_modules_are_not_run():
@@ -341,6 +385,14 @@ def test_copies_of_the_shared_tensors_are_ignored(tmp_path):
     assert torch.equal(loaded.model.layers[3].eh_proj.weight, model.model.layers[3].eh_proj.weight)
 
 
+def test_a_tensor_without_a_place_is_an_error(tmp_path):
+    mtp_model(1).save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors") | {"model.layers.3.self_attn.o_proj.bias": torch.ones(40)}
+    save_file(stored, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"layers\.3\.self_attn\.o_proj\.bias has no place"):
+        NanoDeepSeekForCausalLM.from_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize("gone", ["all", "one"])
 def test_missing_tensors_are_an_error(gone, tmp_path):
     mtp_model(1).save_pretrained(tmp_path)
@@ -382,12 +434,13 @@ def test_cached_tokens_do_not_teach():
 # -- transformers' own reader ------------------------------------------------------------------------------------------
 
 
-def test_transformers_reads_the_modules(tmp_path):
+@pytest.mark.parametrize("kind", ["mla", "dsa"])
+def test_transformers_reads_the_modules(kind, tmp_path):
     """MtpModel takes them from a saved checkpoint, and computes the same states."""
     from transformers.cache_utils import MtpCache
     from transformers.modeling_layers import MtpModel
 
-    model = mtp_model(2).double()
+    model = mtp_model(2, kind).double()
     model.set_experts_implementation("eager")
     model.save_pretrained(tmp_path)
     model = NanoDeepSeekForCausalLM.from_pretrained(tmp_path, dtype=torch.float64, experts_implementation="eager")

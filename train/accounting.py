@@ -20,11 +20,19 @@ def count_parameters(config: NanoDeepSeekConfig) -> dict[str, int]:
 
     Returns: `total`; `active`, those a token meets (K of E experts, the whole indexer); `active_matmul`, active without
     the input embedding's lookup (an untied one), norms and biases: what costs multiplications; `index_matmul`, the
-    indexers' share of that; `mtp` and `mtp_matmul`, the modules' total and what costs multiplications there, their
-    indexers left out.
+    indexers' share of that; `mtp`, `mtp_matmul` and `mtp_index_matmul`, the modules' total and what costs
+    multiplications there, without their indexers and these alone.
     """
     model = build_meta(config)
-    counts = {"total": 0, "active": 0, "active_matmul": 0, "index_matmul": 0, "mtp": 0, "mtp_matmul": 0}
+    counts = {
+        "total": 0,
+        "active": 0,
+        "active_matmul": 0,
+        "index_matmul": 0,
+        "mtp": 0,
+        "mtp_matmul": 0,
+        "mtp_index_matmul": 0,
+    }
     further = tuple(f"model.layers.{config.num_hidden_layers + k}." for k in range(config.num_nextn_predict_layers))
     biases = {n: b for n, b in model.named_buffers() if n.endswith("e_score_correction_bias")}
     for name, tensor in [*model.named_parameters(), *biases.items()]:
@@ -35,7 +43,7 @@ def count_parameters(config: NanoDeepSeekConfig) -> dict[str, int]:
         multiplied = used if tensor.ndim >= 2 and not lookup else 0
         if name.startswith(further):
             counts["mtp"] += tensor.numel()
-            counts["mtp_matmul"] += 0 if ".indexer." in name else multiplied
+            counts["mtp_index_matmul" if ".indexer." in name else "mtp_matmul"] += multiplied
             continue
         counts["total"] += tensor.numel()
         counts["active"] += used
@@ -80,7 +88,8 @@ def training_flops_per_token(config: NanoDeepSeekConfig, sequence_length: int) -
     further = counts["mtp_matmul"] + heads if depth else 0
     flops = 2 * passes * (counts["active_matmul"] - counts["index_matmul"] + pairs + further)
     if indexes:
-        scores = config.num_hidden_layers * config.index_n_heads * config.index_head_dim
-        flops += 2 * (counts["index_matmul"] + scores * S / 2)
-        flops += 2 * (counts["index_matmul"] + scores * 2 * keys) if learns else 0
+        scores = (config.num_hidden_layers + depth) * config.index_n_heads * config.index_head_dim
+        matrices = counts["index_matmul"] + (counts["mtp_index_matmul"] if depth else 0)
+        flops += 2 * (matrices + scores * S / 2)
+        flops += 2 * (matrices + scores * 2 * keys) if learns else 0
     return flops

@@ -238,7 +238,7 @@ class NanoDeepSeekTrainer(AtomicCheckpoints, Trainer):
             for k, state in enumerate(outputs.get("mtp_hidden_states") or (), start=1):
                 places = batch.get("attention_mask"), batch.get("position_ids")
                 targets = further_targets(k, shifted, *places)
-                terms += [self.model.lm_head(state).argmax(-1) == targets, targets != -100]
+                terms += [self.model.lm_head(state).argmax(-1).to(targets.device) == targets, targets != -100]
             if selects:
                 recall = torch.stack(outputs.index_recall).mean(0)
                 counted = (shifted != -100) & ~recall.isnan()
