@@ -8,10 +8,12 @@ weights, same process, default settings of each.
     python -m benchmarks.against_transformers train --device cuda --dtype bfloat16 --compile
     python -m benchmarks.against_transformers decode --sparse --context 8192
     python -m benchmarks.against_transformers prefill --sparse --context 131072 --alone
+    python -m benchmarks.against_transformers growth --sparse
 
 train    one step: forward with labels, backward, AdamW; bf16 is autocast over fp32 weights, as Trainer(bf16=True) does.
 prefill  a forward over the prompt that fills the cache and gives the last token's logits; bf16 is `model.to(bf16)`.
 decode   greedy tokens one by one, each a forward on the cache, after a prompt of `--context` tokens.
+growth   our token after 2048, 8192 and 32768 tokens, in turns; the ratio is the longest context's over the shortest's.
 memory   the peak of a train step over what the process held before there was a model, each model in a process of its
          own: resident memory on a CPU, allocated memory on a GPU.
 
@@ -275,22 +277,31 @@ def bare_products(model: torch.nn.Module, batch: int) -> Callable[[], None]:
     return run
 
 
+def decode(model: torch.nn.Module, ids: torch.Tensor, cache, tokens: int):
+    """Greedy tokens after the prompt that the cache holds; what an earlier call wrote is cropped."""
+    if cache.get_seq_length() > ids.shape[1]:
+        cache.crop(ids.shape[1] - cache.get_seq_length())
+    token = ids[:, :1]
+    for _ in range(tokens):
+        logits, _ = last_logits(model, token, cache)
+        token = logits.argmax(-1, keepdim=True)
+
+
+def measure_growth(args: argparse.Namespace, contexts: tuple[int, ...] = (2048, 8192, 32768), tokens: int = 16) -> dict:
+    args.context, args.alone = contexts[-1], True
+    model = build("ours", args).eval().to(DTYPES[args.dtype])
+    prompts = {n: prompt(args, args.batch or 1, n) for n in contexts}
+    caches = {n: last_logits(model, ids)[1] for n, ids in prompts.items()}
+    steps = {n: lambda n=n: decode(model, prompts[n], caches[n], tokens) for n in contexts}
+    seconds = {n: statistics.median(values) / tokens for n, values in take_turns(steps, args).items()}
+    return {"s_per_token": seconds, "ratio": seconds[contexts[-1]] / seconds[contexts[0]]}
+
+
 def measure_decode(args: argparse.Namespace, tokens: int = 16) -> dict:
     ids = prompt(args, args.batch or 1, args.context or 512)
     models, caches, error = inference_models(args, ids)
-    steps = {}
-    for kind, model in models.items():
-        run = compiled(model, args)
-
-        def step(kind=kind, run=run):
-            if caches[kind].get_seq_length() > ids.shape[1]:
-                caches[kind].crop(ids.shape[1] - caches[kind].get_seq_length())
-            token = ids[:, :1]
-            for _ in range(tokens):
-                logits, _ = last_logits(run, token, caches[kind])
-                token = logits.argmax(-1, keepdim=True)
-
-        steps[kind] = step
+    runs = {kind: compiled(model, args) for kind, model in models.items()}
+    steps = {kind: lambda kind=kind: decode(runs[kind], ids, caches[kind], tokens) for kind in runs}
     products = bare_products(models["ours"], len(ids))
     steps["products"] = lambda: [products() for _ in range(tokens)]
     result = compare(take_turns(steps, args))
@@ -329,7 +340,13 @@ def measure_memory(args: argparse.Namespace) -> dict:
     }
 
 
-TASKS = {"train": measure_train, "prefill": measure_prefill, "decode": measure_decode, "memory": measure_memory}
+TASKS = {
+    "train": measure_train,
+    "prefill": measure_prefill,
+    "decode": measure_decode,
+    "growth": measure_growth,
+    "memory": measure_memory,
+}
 
 
 def main():

@@ -37,7 +37,8 @@ class ExpertLoad:
         max_violation: max_i load_i / mean load - 1 (0 balanced, E/K - 1 worst); entropy: of the load, divided by ln E
         (1 balanced, 0 one expert); dead_share: share of experts that got no token; bias_range: largest max b - min b.
         """
-        load = self.tokens.double()
+        ran = self.tokens.any(-1)  # modules of multi-token prediction may rest
+        load = self.tokens[ran].double()
         share = load / load.sum(-1, keepdim=True).clamp(min=1)
         experts = load.shape[-1]
         entropy = torch.special.entr(share).sum(-1) / torch.tensor(float(experts)).log()
@@ -45,7 +46,7 @@ class ExpertLoad:
             "expert_max_violation": (share.amax(-1) * experts - 1).mean().item(),
             "expert_load_entropy": entropy.mean().item(),
             "expert_dead_share": (load == 0).double().mean().item(),
-            "expert_bias_range": (self.bias.amax(-1) - self.bias.amin(-1)).amax().item(),
+            "expert_bias_range": (self.bias[ran].amax(-1) - self.bias[ran].amin(-1)).amax().item(),
         }
 
 

@@ -261,7 +261,7 @@ class CheckpointMixin:
                 raise CheckpointError(
                     f"the weights in {str(load_config.pretrained_model_name_or_path)!r} are not those of its config: "
                     f"{listed(problems)}. The checkpoint is incomplete or its config.json was changed "
-                    "(ignore_mismatched_sizes=True initialises such weights anew)."
+                    f"({way_out(model, problems)}ignore_mismatched_sizes=True initialises such weights anew)."
                 )
         model.freeze_for_stage()  # transformers makes new parameters of what it reads
         return loaded
@@ -276,6 +276,15 @@ class CheckpointMixin:
             super().save_pretrained(stage, is_main_process, *args, **kwargs)
 
 
+def way_out(model: PreTrainedModel, problems: list[str]) -> str:
+    """What to do where the modules of multi-token prediction alone are missing: tools that do not know them drop
+    them."""
+    first, depth = model.config.num_hidden_layers, model.config.num_nextn_predict_layers
+    further = tuple(f"layers.{first + k}." for k in range(depth))
+    theirs = depth and all(any(layer in problem for layer in further) for problem in problems)
+    return "num_nextn_predict_layers=0 loads the model without multi-token prediction, and " if theirs else ""
+
+
 def loading_problems(model: PreTrainedModel, info, files: list[str]) -> list[str]:
     """What transformers found missing, misshapen or not convertible, by the names on disk."""
     missing = set(info.missing_keys) - set(model.all_tied_weights_keys)
@@ -285,9 +294,10 @@ def loading_problems(model: PreTrainedModel, info, files: list[str]) -> list[str
     for name, found, expected in info.mismatched_keys:
         problems[name] = f"{name} is {list(found)}, not {list(expected)}"
     problems |= {name: f"{name} cannot be put together" for name in info.conversion_errors}
-    # Layers beyond the last are multi-token prediction's; a bias or a scale of ours that is not used would be missed.
-    ours = {f"layers.{layer}." for layer in range(model.config.num_hidden_layers)}
-    homeless = {name for name in info.unexpected_keys if any(layer in name for layer in ours)}
+    # A bias or a scale that is not used would be missed. The layer of a module may hold copies of embedding and head.
+    ours = {f"layers.{i}." for i in range(model.config.num_hidden_layers + model.config.num_nextn_predict_layers)}
+    copies = (".embed_tokens.weight", ".shared_head.head.weight")
+    homeless = {n for n in info.unexpected_keys if any(layer in n for layer in ours) and not n.endswith(copies)}
     problems |= {name: f"{name} has no place in the model" for name in homeless}
     owners = {name.rpartition(".")[0] for name in problems}
     experts = {owner for owner in owners if hasattr(model.get_submodule(owner), "stacked_names")}

@@ -5,6 +5,7 @@ have to wait for the answer; a compiled forward checks nothing.
 """
 
 import torch
+from transformers import GenerationConfig
 from transformers.cache_utils import Cache
 
 from .cache import GrowingLayer
@@ -67,14 +68,33 @@ def check_indices(
             raise ValueError("index_topk_indices holds a key twice for one query: it would count twice, if gathered.")
 
 
-def check_whole_text(past_key_values: Cache | None):
-    """Raises ValueError for cached tokens where the indexer learns: their keys were made without gradients."""
+def check_whole_text(past_key_values: Cache | None, reader: str):
+    """Raises ValueError for cached tokens where something has to see the whole text, or to learn from it."""
     past = 0 if torch.compiler.is_compiling() else cached_tokens(past_key_values)
     if past:
         raise ValueError(
-            f"The cache holds {past} tokens, and the indexer's loss needs the whole text in one call: train without "
-            "past_key_values, or with index_loss_coef=0."
+            f"The cache holds {past} tokens, and {reader} needs the whole text in one call: train without "
+            "past_key_values, or without it (index_loss_coef=0, mtp_loss_coef=0)."
         )
+
+
+def check_drafting(generation_config: GenerationConfig):
+    """Raises ValueError for settings of generate() under which drafted text would not be plain text."""
+    refused = {
+        "num_beams": generation_config.num_beams not in (None, 1),
+        "stop_strings": generation_config.stop_strings is not None,
+        "max_time": generation_config.max_time is not None,
+        "guidance_scale": generation_config.guidance_scale not in (None, 1),
+        "assistant_ensemble_weight": getattr(generation_config, "assistant_ensemble_weight", None) is not None,
+        "prompt_lookup_num_tokens": generation_config.prompt_lookup_num_tokens is not None,
+        "assistant_early_exit": generation_config.assistant_early_exit is not None,
+    }
+    for field, wrong in refused.items():
+        if wrong:
+            raise ValueError(
+                f"use_mtp=True with {field}={getattr(generation_config, field)!r} is not possible: drafts are for "
+                "greedy decoding and sampling, which end by eos_token_id or their length."
+            )
 
 
 def check_length(

@@ -135,12 +135,16 @@ class NanoDeepSeekConfig(PreTrainedConfig):
         hidden_act: `"silu"` or `"relu2"`.
         gated_mlp: down(act(gate x) * up x) if true, down(act(up x)) if false.
 
+    Multi-token prediction (V3 report section 2.2)
+        num_nextn_predict_layers: depth D, modules that each predict one token further; 0 builds none.
+        mtp_loss_coef: weight lambda of their mean loss in training with labels, where any of their parameters learns; a
+            model built or loaded with 0 has them frozen, as losses of one's own (RL) want it.
+        mtp_detach_trunk: their loss reaches the modules alone, not the decoder, the embedding and the head.
+
     Norms, embeddings, training
         rms_norm_eps, rms_norm_weight: epsilon of every RMSNorm of width d, and whether RMSNorms have a learned weight.
         tie_word_embeddings: share the embedding with the output head.
         initializer_range: standard deviation of the initial weights (0.006 in the reports).
-        num_nextn_predict_layers: multi-token prediction depth written in official files. It is kept, but this version
-            builds no such module; the tensors of those layers are skipped when a checkpoint is read.
         ep_size, pretraining_tp: carried by official files; they change nothing.
 
     Raises:
@@ -157,6 +161,12 @@ class NanoDeepSeekConfig(PreTrainedConfig):
         "ce_loss",
         "balance_loss",
         "index_loss",
+        "mtp_loss",
+        "mtp_depth_losses",
+        "mtp_correct",
+        "mtp_targets",
+        "mtp_hidden_states",
+        "last_hidden_state",
     ]
     attribute_map = {
         "num_local_experts": "n_routed_experts",
@@ -260,6 +270,8 @@ class NanoDeepSeekConfig(PreTrainedConfig):
     initializer_range: float | int = 0.02
     use_cache: bool = True
     num_nextn_predict_layers: int = 0
+    mtp_loss_coef: float | int = 0.3
+    mtp_detach_trunk: bool = False
     ep_size: int = 1
     pretraining_tp: int = 1
     pad_token_id: int | None = None
@@ -416,7 +428,13 @@ class NanoDeepSeekConfig(PreTrainedConfig):
             value = getattr(self, field)
             if isinstance(value, float):
                 self._require(math.isfinite(value), field, "it must be a finite number")
-        for field in ["first_k_dense_replace", "num_nextn_predict_layers", "router_noise", "aux_loss_alpha"]:
+        for field in [
+            "first_k_dense_replace",
+            "num_nextn_predict_layers",
+            "mtp_loss_coef",
+            "router_noise",
+            "aux_loss_alpha",
+        ]:
             self._require(getattr(self, field) >= 0, field, "it must be at least 0")
         for field in ["pad_token_id", "bos_token_id", "eos_token_id"]:
             value = getattr(self, field)

@@ -53,14 +53,15 @@ def exactly(function):
 
 
 def once_differentiable(backward):
-    """For the backward of an autograd.Function: no autocast, and no gradient of the gradient.
+    """For the backward of an autograd.Function: no autocast, and no gradient of the gradient. Of several outputs the
+    first alone has a gradient.
 
     torch's decorator of that name raises only if the second backward passes through; torch.autograd.grad may go around
     it, and then lacks a part without a word.
     """
 
     @functools.wraps(backward)
-    def run(ctx, grad: torch.Tensor):
+    def run(ctx, grad: torch.Tensor, *of_other_outputs):
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "create_graph=True is not possible through the fast training path: gradients of gradients need "

@@ -18,7 +18,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
     three, as in plain backpropagation; what is kept for backward are the gradients of x and W instead of the logits.
     The softmax, the sum and W's gradient are in fp32 (fp64 for fp64).
 
-    Shapes: hidden [N, d], weight [V, d], targets [N] in 0..V-1 -> scalar.
+    Shapes: hidden [N, d], weight [V, d], targets [N] in 0..V-1 -> the sum, and how many targets are likeliest; scalars.
     """
 
     @staticmethod
@@ -29,12 +29,15 @@ class _SummedCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=exact) if need_weight else None
         total = torch.zeros((), dtype=exact, device=hidden.device)
+        correct = torch.zeros((), dtype=torch.long, device=hidden.device)
         rows = max(CHUNK // len(weight), MIN_ROWS)
         for start in range(0, len(hidden), rows):
             x, y = hidden[start : start + rows], targets[start : start + rows, None]
             logits = (x @ weight.T).to(exact)
             logits -= logits.amax(-1, keepdim=True)
-            total -= logits.gather(1, y).sum()
+            of_targets = logits.gather(1, y)
+            total -= of_targets.sum()
+            correct += (of_targets == 0).sum()  # the largest
             softmax = logits.exp_()
             norm = softmax.sum(-1, keepdim=True)
             total += norm.log().sum()
@@ -47,7 +50,8 @@ class _SummedCrossEntropy(torch.autograd.Function):
             elif need_weight:
                 grad_weight += grad.T @ x
         ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
-        return total
+        ctx.mark_non_differentiable(correct)
+        return total, correct
 
     @staticmethod
     @once_differentiable
@@ -89,16 +93,40 @@ def linear_cross_entropy(
     """
     if shift_labels is None:
         shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-    if shift_labels.shape != hidden_states.shape[:-1]:
+    total, _ = summed_cross_entropy(hidden_states, head, shift_labels, ignore_index)
+    items = (shift_labels != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
+    return total / (items.to(total.device) if torch.is_tensor(items) else items)
+
+
+def summed_cross_entropy(
+    hidden_states: torch.Tensor,
+    head: nn.Module,
+    targets: torch.Tensor,
+    ignore_index: int = -100,
+    detached: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sum over targets of -log softmax(head(h))[target], and how many targets are likeliest.
+
+    From the hidden states where the head `is_plain_linear`; any other head, and torch.compile, gets all its logits.
+
+    Args:
+        hidden_states: [B, T, d]; targets: [B, T], ignore_index for none.
+        detached: the head gets no gradient.
+    """
+    if targets.shape != hidden_states.shape[:-1]:
         right = list(hidden_states.shape[:-1])
-        raise ValueError(f"Labels have the shape {list(shift_labels.shape)}: it must be the input's, {right}.")
-    targets = shift_labels.flatten().to(hidden_states.device)
+        raise ValueError(f"Labels have the shape {list(targets.shape)}: it must be the input's, {right}.")
+    targets = targets.flatten().to(hidden_states.device)
+    if not is_plain_linear(head) or torch.compiler.is_compiling():
+        parameters = {name: p.detach() for name, p in head.named_parameters()} if detached else {}
+        logits = torch.func.functional_call(head, parameters, (hidden_states,)) if detached else head(hidden_states)
+        logits = logits.flatten(0, -2).to(torch.promote_types(logits.dtype, torch.float32))
+        total = F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="sum")
+        return total, (logits.argmax(-1) == targets).sum()
     kept = (targets != ignore_index).nonzero()[:, 0]
     hidden, weight, targets = hidden_states.flatten(0, -2).index_select(0, kept), head.weight, targets[kept]
     if targets.device.type == "cpu" and len(targets) and not 0 <= targets.min() <= targets.max() < len(weight):
         wrong = targets[(targets < 0) | (targets >= len(weight))][0]
         raise ValueError(f"Label {int(wrong)} is outside the vocabulary: labels lie in 0..{len(weight) - 1}.")
     dtype = compute_dtype(hidden)
-    total = _SummedCrossEntropy.apply(hidden.to(dtype), weight.to(dtype), targets)
-    items = len(kept) if num_items_in_batch is None else num_items_in_batch
-    return total / (items.to(total.device) if torch.is_tensor(items) else items)
+    return _SummedCrossEntropy.apply(hidden.to(dtype), (weight.detach() if detached else weight).to(dtype), targets)

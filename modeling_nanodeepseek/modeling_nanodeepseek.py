@@ -1,6 +1,7 @@
 """NanoDeepSeekModel and NanoDeepSeekForCausalLM: the decoder, its outputs and its loss.
 
 A forward: input_ids -> embedding -> L times [norm -> attention -> + ; norm -> MLP or MoE -> +] -> norm -> lm_head.
+In training, multi-token prediction's modules go on from there (`mtp.py`).
 Which modules a layer is made of is decided when it is built, from the config.
 """
 
@@ -17,7 +18,6 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_layers import (
     GenericForSequenceClassification,
     GenericForTokenClassification,
-    GradientCheckpointingLayer,
 )
 from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
@@ -29,16 +29,17 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .attention import GroupedQueryAttention, MultiHeadLatentAttention
 from .cache import Fp8LatentCache, LatentCache, check_offloading
 from .checkpoints import CheckpointMixin, register_conversions
-from .checks import check_indices, check_inputs, check_length, check_whole_text
+from .checks import check_drafting, check_indices, check_inputs, check_length, check_whole_text
 from .configuration_nanodeepseek import NanoDeepSeekConfig
+from .decoder import NanoDeepSeekDecoderLayer
 from .experts import DEFAULT_EXPERTS, GatedExperts, PlainExperts
 from .indexer import IndexerObjective, IndexerRecall, KeySelector
-from .layers import RMSNorm, build_mlp
+from .layers import RMSNorm
 from .losses import is_plain_linear, linear_cross_entropy
 from .masks import masks, real_token_mask
-from .moe import DeepseekMoE, TopkRouter, sequence_balance_loss
+from .moe import TopkRouter, sequence_balance_loss
+from .mtp import Drafter, DraftReport, MtpLoss, MultiTokenPredictor, mtp_loss
 from .rotary import RotaryEmbedding
-from .sparse_attention import DeepseekSparseAttention
 from .stages import SparseStages
 
 logger = logging.get_logger(__name__)
@@ -54,12 +55,17 @@ class NanoDeepSeekCausalLMOutput(ModelOutput):
     """What `NanoDeepSeekForCausalLM` returns.
 
     Attributes:
-        loss: in training ce_loss + aux_loss_alpha * balance_loss + index_loss_coef * index_loss; in evaluation ce_loss.
-            Given labels only.
+        loss: in training ce_loss + mtp_loss_coef * mtp_loss + aux_loss_alpha * balance_loss + index_loss_coef *
+            index_loss; in evaluation ce_loss. Given labels only.
         ce_loss: next-token cross-entropy in nats, the mean over targets (or their sum / num_items_in_batch).
         balance_loss: the sequence-wise balance loss before its factor; in training with labels and experts only.
         index_loss: the KL of the indexers, summed over layers, the mean over targets' queries; in training with labels
             while the indexers learn.
+        mtp_loss: multi-token prediction's cross-entropy, the mean over its modules; in training while they learn.
+        mtp_depth_losses, mtp_correct, mtp_targets: [D], of each module its loss, how many targets were its likeliest
+            token, and how many there were.
+        mtp_hidden_states: with `output_mtp_hidden_states`, of each module [B, T, d]; the head makes logits of them.
+        last_hidden_state: with `output_last_hidden_state`, [B, T, d], what the head was given.
         index_topk_indices: with `output_index_topk_indices`, per layer the keys selected, [B, T, K], -1 for none.
         index_recall: with `output_index_recall`, per layer [B, T], the share of the dense attention's mass on them.
             Both None where no keys are selected (no index_topk, or dsa_stage="dense").
@@ -76,15 +82,21 @@ class NanoDeepSeekCausalLMOutput(ModelOutput):
     ce_loss: torch.Tensor | None = None
     balance_loss: torch.Tensor | None = None
     index_loss: torch.Tensor | None = None
+    mtp_loss: torch.Tensor | None = None
+    mtp_depth_losses: torch.Tensor | None = None
+    mtp_correct: torch.Tensor | None = None
+    mtp_targets: torch.Tensor | None = None
+    mtp_hidden_states: tuple[torch.Tensor, ...] | None = None
+    last_hidden_state: torch.Tensor | None = None
     index_topk_indices: tuple[torch.Tensor, ...] | None = None
     index_recall: tuple[torch.Tensor, ...] | None = None
 
 
-def build_attention(config: NanoDeepSeekConfig, layer_idx: int) -> nn.Module:
-    """The attention that `config.attention_type` and `config.index_topk` ask for."""
-    if config.attention_type == "gqa":
-        return GroupedQueryAttention(config, layer_idx)
-    return (MultiHeadLatentAttention if config.index_topk is None else DeepseekSparseAttention)(config, layer_idx)
+@dataclass
+class NanoDeepSeekModelOutput(MoeModelOutputWithPast):
+    """What `NanoDeepSeekModel` returns; mtp_hidden_states as in `NanoDeepSeekCausalLMOutput`."""
+
+    mtp_hidden_states: tuple[torch.Tensor, ...] | None = None
 
 
 def loss_arguments(kwargs: dict) -> dict:
@@ -105,36 +117,6 @@ def target_weights(
     return real / (real.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
 
 
-class NanoDeepSeekDecoderLayer(GradientCheckpointingLayer):
-    """x += Attention(norm x); x += FeedForward(norm x). Shapes: [B, T, d] -> [B, T, d]."""
-
-    def __init__(self, config: NanoDeepSeekConfig, layer_idx: int):
-        super().__init__()
-        self.self_attn = build_attention(config, layer_idx)
-        moe = config.is_moe_layer(layer_idx)
-        self.mlp = DeepseekMoE(config) if moe else build_mlp(config, config.intermediate_size)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.rms_norm_weight)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.rms_norm_weight)
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        position_embeddings: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> torch.Tensor:
-        attended, _ = self.self_attn(
-            self.input_layernorm(hidden_states),
-            position_embeddings=position_embeddings,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            **kwargs,
-        )
-        hidden_states = hidden_states + attended
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
-
-
 class NanoDeepSeekPreTrainedModel(SparseStages, CheckpointMixin, PreTrainedModel):
     """What transformers needs to know to load, save, shard, checkpoint and observe the model."""
 
@@ -142,7 +124,7 @@ class NanoDeepSeekPreTrainedModel(SparseStages, CheckpointMixin, PreTrainedModel
     config_class = NanoDeepSeekConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["NanoDeepSeekDecoderLayer"]
+    _no_split_modules = ["NanoDeepSeekDecoderLayer", "MultiTokenPredictor"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -202,7 +184,10 @@ class NanoDeepSeekModel(NanoDeepSeekPreTrainedModel):
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        # Multi-token prediction's modules are further layers, as on disk; the decoder's loop ends before them.
+        further = range(config.num_hidden_layers, config.num_hidden_layers + config.num_nextn_predict_layers)
         self.layers = nn.ModuleList(NanoDeepSeekDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.layers.extend(MultiTokenPredictor(config, i) for i in further)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.rms_norm_weight)
         self.rotary_emb = RotaryEmbedding(config)
         self.gradient_checkpointing = False
@@ -230,8 +215,9 @@ class NanoDeepSeekModel(NanoDeepSeekPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         index_topk_indices: tuple[torch.Tensor, ...] | None = None,
+        output_mtp_hidden_states: bool = False,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> MoeModelOutputWithPast:
+    ) -> NanoDeepSeekModelOutput:
         r"""
         Args:
             input_ids: [B, T], or else `inputs_embeds` [B, T, d].
@@ -243,6 +229,8 @@ class NanoDeepSeekModel(NanoDeepSeekPreTrainedModel):
             index_topk_indices: per layer the keys to attend to, [B, T, any], -1 for none, instead of those its indexer
                 would choose: a replay of what `output_index_topk_indices` returned. They must be visible
                 (a key of the future is not refused), and none twice.
+            output_mtp_hidden_states: run multi-token prediction's modules too, on the whole text without a cache. They
+                choose keys by their own indexers, in a replay too; what is recorded of them follows the layers'.
 
         Raises: ValueError for both or neither of ids and embeddings, for an id outside the vocabulary (on a CPU; an
             accelerator would have to wait for the answer), and for a mask, positions or a cache that do not belong
@@ -255,6 +243,8 @@ class NanoDeepSeekModel(NanoDeepSeekPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         check_inputs(self.config, inputs_embeds, attention_mask, position_ids, past_key_values)
         check_indices(self.config, inputs_embeds, past_key_values, index_topk_indices)
+        if output_mtp_hidden_states:
+            check_whole_text(past_key_values, "multi-token prediction")
         if position_ids is None:
             past = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past)[None]
@@ -276,9 +266,39 @@ class NanoDeepSeekModel(NanoDeepSeekPreTrainedModel):
                 past_key_values=past_key_values,
                 **kwargs,
             )
+        hidden_states, further = self.norm(hidden_states), ()
+        if output_mtp_hidden_states:
+            kwargs |= {"attention_mask": mask, "position_embeddings": position_embeddings, "position_ids": position_ids}
+            further = self._predict_all_further(hidden_states, inputs_embeds, **kwargs)
         if self.training and torch.is_grad_enabled() and self.config.dsa_stage != "warmup":
-            self._count_expert_load(real_token_mask(attention_mask, hidden_states.shape[1]))
-        return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+            self._count_expert_load(real_token_mask(attention_mask, hidden_states.shape[1]), also_further=bool(further))
+        return NanoDeepSeekModelOutput(
+            last_hidden_state=hidden_states, past_key_values=past_key_values, mtp_hidden_states=further or None
+        )
+
+    @property
+    def predictors(self) -> list[MultiTokenPredictor]:
+        """Multi-token prediction's modules."""
+        return [layer for layer in self.layers if isinstance(layer, MultiTokenPredictor)]
+
+    def _predict_all_further(self, hidden_states, inputs_embeds, index_topk_indices=None, **kwargs):
+        """h^1 .. h^D of a whole text. Behind its end tokens wrap around: those positions have no targets, and no
+        position before sees them."""
+        if self.config.mtp_detach_trunk:
+            hidden_states, inputs_embeds = hidden_states.detach(), inputs_embeds.detach()
+        states = []
+        for k, module in enumerate(self.predictors, start=1):
+            hidden_states = module(hidden_states, inputs_embeds.roll(-k, 1), **kwargs)
+            states.append(hidden_states)
+        return tuple(states)
+
+    def predict_further(self, module, hidden_states, tokens, position_ids, attention_mask, cache) -> torch.Tensor:
+        """One module on states [B, T, d] and the tokens [B, T] that it reads with them, after what its cache holds."""
+        embeds = self.embed_tokens(tokens)
+        mask, kwargs = masks(self.config, embeds, attention_mask, position_ids, cache)
+        turns = self.rotary_emb(embeds, position_ids)
+        kwargs |= {"attention_mask": mask, "position_embeddings": turns, "position_ids": position_ids}
+        return module(hidden_states, embeds, past_key_values=cache, **kwargs)
 
     def _check_token_ids(self, input_ids: torch.LongTensor):
         if input_ids.device.type != "cpu" or torch.compiler.is_compiling() or input_ids.numel() == 0:
@@ -289,11 +309,12 @@ class NanoDeepSeekModel(NanoDeepSeekPreTrainedModel):
             wrong = low if low < 0 else high
             raise ValueError(f"Token id {wrong} is outside the vocabulary: ids lie in 0..{size - 1}.")
 
-    def _count_expert_load(self, real_tokens: torch.Tensor | None):
+    def _count_expert_load(self, real_tokens: torch.Tensor | None, also_further: bool):
         # Here and not in the router: gradient checkpointing runs routers a second time, this method never.
-        for module in self.modules():  # an adapter may wrap a router
-            if isinstance(module, TopkRouter):
-                module.count(real_tokens)
+        for layer in self.layers if also_further else self.layers[: self.config.num_hidden_layers]:
+            for module in layer.modules():  # an adapter may wrap a router
+                if isinstance(module, TopkRouter):
+                    module.count(real_tokens)
 
 
 class NanoDeepSeekForCausalLM(NanoDeepSeekPreTrainedModel, GenerationMixin):
@@ -302,14 +323,17 @@ class NanoDeepSeekForCausalLM(NanoDeepSeekPreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
-    learns_indexer = True
+    learns_indexer = learns_mtp = True
 
     def __init__(self, config: NanoDeepSeekConfig):
         super().__init__(config)
         self.model = NanoDeepSeekModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        # Official checkpoints hold the multi-token prediction modules as further layers.
+        self.draft_report: DraftReport | None = None  # of the latest generate(use_mtp=True)
+        self._drafts = config.num_nextn_predict_layers
+        # Of multi-token prediction's layers official checkpoints hold copies of the embedding and the head. The whole
+        # layer is named, because transformers' own MtpModel finds its tensors by this.
         beyond = range(config.num_hidden_layers, config.num_hidden_layers + config.num_nextn_predict_layers)
         self._keys_to_ignore_on_load_unexpected = [rf"model\.layers\.{layer}\." for layer in beyond]
         self.post_init()
@@ -337,6 +361,8 @@ class NanoDeepSeekForCausalLM(NanoDeepSeekPreTrainedModel, GenerationMixin):
                 The default does so in training, except for return_dict=False, where a place is known by its number. A
                 head that is more than a product with its weight (an adapter, a sharded or quantised one), a loss
                 function of your own and torch.compile need the logits, and get them.
+            output_mtp_hidden_states: run multi-token prediction's modules and return their states; without labels too.
+            output_last_hidden_state: return what the head was given.
             num_items_in_batch: targets in the whole optimizer batch; every loss term is then a sum divided by it, so
                 that micro-batches add up to the batch. Trainer passes it.
 
@@ -350,8 +376,10 @@ class NanoDeepSeekForCausalLM(NanoDeepSeekPreTrainedModel, GenerationMixin):
         if balanced:
             kwargs["output_router_logits"] = True
         indexed = self._wants_index_loss(labels)
+        further = self._wants_mtp(labels)
+        shows_further = kwargs.pop("output_mtp_hidden_states", False)
         if indexed:
-            check_whole_text(past_key_values)
+            check_whole_text(past_key_values, "the indexer's loss")
             kwargs |= {"output_index_loss": True, "index_loss_weight": target_weights(labels, **kwargs)}
         outputs = self.model(
             input_ids=input_ids,
@@ -360,6 +388,7 @@ class NanoDeepSeekForCausalLM(NanoDeepSeekPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            output_mtp_hidden_states=further or shows_further,
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
@@ -377,18 +406,31 @@ class NanoDeepSeekForCausalLM(NanoDeepSeekPreTrainedModel, GenerationMixin):
         if indexed:
             index_loss = self._index_loss(outputs.index_loss)
             loss = loss + self.config.index_loss_coef * index_loss
+        predicted = None
+        if further and self.config.dsa_stage != "warmup":
+            places = {"attention_mask": attention_mask, "position_ids": position_ids}
+            predicted = self._mtp_loss(outputs.mtp_hidden_states, labels, **places, **kwargs)
+            loss = loss + self.config.mtp_loss_coef * predicted.loss
+        layers = self.config.num_hidden_layers
         output = NanoDeepSeekCausalLMOutput(
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            router_logits=outputs.router_logits if shows_routing else None,
+            attentions=outputs.attentions
+            and outputs.attentions[:layers],  # the modules' of multi-token prediction follow
+            router_logits=self._of_decoder(outputs.router_logits) if shows_routing else None,
             ce_loss=ce_loss,
             balance_loss=balance_loss,
             index_loss=index_loss,
-            index_topk_indices=outputs.get("index_topk_indices") or None,
-            index_recall=outputs.get("index_recall") or None,
+            mtp_loss=None if predicted is None else predicted.loss,
+            mtp_depth_losses=None if predicted is None else predicted.depth_losses,
+            mtp_correct=None if predicted is None else predicted.correct,
+            mtp_targets=None if predicted is None else predicted.targets,
+            mtp_hidden_states=outputs.mtp_hidden_states if shows_further else None,
+            last_hidden_state=hidden_states if kwargs.get("output_last_hidden_state") else None,
+            index_topk_indices=(outputs.get("index_topk_indices") or ())[:layers] or None,
+            index_recall=(outputs.get("index_recall") or ())[:layers] or None,
         )
         return output if return_dict else output.to_tuple()
 
@@ -406,6 +448,20 @@ class NanoDeepSeekForCausalLM(NanoDeepSeekPreTrainedModel, GenerationMixin):
     def _wants_index_loss(self, labels: torch.Tensor | None) -> bool:
         learns = self.config.has_indexer and self.config.dsa_stage != "dense" and self.config.index_loss_coef > 0
         return self.training and learns and labels is not None
+
+    def _wants_mtp(self, labels: torch.Tensor | None) -> bool:
+        """While its modules learn, or (in the warm-up) their indexers; so none of their parameters goes unused."""
+        learns = any(p.requires_grad for module in self.model.predictors for p in module.parameters())
+        return self.training and labels is not None and learns
+
+    def _mtp_loss(self, states: tuple[torch.Tensor, ...], labels, **kwargs) -> MtpLoss:
+        if torch.is_grad_enabled() and not states[-1].requires_grad:
+            raise ValueError(REENTRANT.format("loss of multi-token prediction", "mtp_detach_trunk=False"))
+        return mtp_loss(states, self.lm_head, labels, detached=self.config.mtp_detach_trunk, **kwargs)
+
+    def _of_decoder(self, router_logits: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """Without those of multi-token prediction's modules."""
+        return router_logits[: sum(self.config.is_moe_layer(i) for i in range(self.config.num_hidden_layers))]
 
     def _index_loss(self, losses: tuple[torch.Tensor, ...]) -> torch.Tensor:
         trained = any(p.requires_grad for name, p in self.named_parameters() if ".indexer." in name)
@@ -463,8 +519,57 @@ class NanoDeepSeekForCausalLM(NanoDeepSeekPreTrainedModel, GenerationMixin):
             "quantized": quantized,
         }
 
-    def _get_candidate_generator(self, generation_config, *args, assistant_model=None, **kwargs):
-        """Refuses an assistant that would reach its last position before we do: later, the text would be lost."""
+    def _prepare_generation_config(self, generation_config, **kwargs):
+        """Notes how many tokens the caller wants drafted at a time; transformers fills in 20 where nobody says."""
+        given = [kwargs.get("num_assistant_tokens"), getattr(generation_config, "num_assistant_tokens", None)]
+        given += [self.generation_config.num_assistant_tokens, self.config.num_nextn_predict_layers]
+        prepared, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
+        if prepared.use_mtp:
+            check_drafting(prepared)
+        self._drafts = next(number for number in given if number is not None)
+        return prepared, model_kwargs
+
+    def _get_stopping_criteria(self, generation_config, stopping_criteria=None, **kwargs):
+        if generation_config.use_mtp and stopping_criteria:
+            raise ValueError(
+                "use_mtp=True with stopping_criteria is not possible: several tokens are accepted at a time, and the "
+                "text would run beyond them. End it by eos_token_id or max_new_tokens."
+            )
+        return super()._get_stopping_criteria(generation_config, stopping_criteria=stopping_criteria, **kwargs)
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids,
+        next_sequence_length=None,
+        past_key_values=None,
+        attention_mask=None,
+        inputs_embeds=None,
+        is_first_iteration=False,
+        **kwargs,
+    ):
+        """Assisted decoding gives the whole text also where a cache holds its beginning: only the rest is read."""
+        whole = inputs_embeds is None and (attention_mask is None or attention_mask.shape[-1] == input_ids.shape[1])
+        if is_first_iteration and next_sequence_length is None and past_key_values is not None and whole:
+            past = past_key_values.get_seq_length()
+            next_sequence_length = input_ids.shape[1] - past if 0 < past < input_ids.shape[1] else None
+        return super().prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+
+    def _get_candidate_generator(self, generation_config, *args, logits_processor=None, assistant_model=None, **kwargs):
+        """With use_mtp our own modules draft. Refuses an assistant that would reach its last position before we do:
+        later, the text would be lost."""
+        if generation_config.use_mtp:
+            if assistant_model is not None or kwargs.get("model_kwargs", {}).get("inputs_embeds") is not None:
+                raise ValueError("use_mtp=True is not possible with an assistant_model, nor with inputs_embeds.")
+            return self._get_drafter(generation_config, logits_processor)
+        kwargs["logits_processor"] = logits_processor
         limit = getattr(getattr(assistant_model, "config", None), "max_position_embeddings", None)
         longest = generation_config.max_length
         if limit is not None and longest > limit + 1:
@@ -473,6 +578,18 @@ class NanoDeepSeekForCausalLM(NanoDeepSeekPreTrainedModel, GenerationMixin):
                 "is possible with it."
             )
         return super()._get_candidate_generator(generation_config, *args, assistant_model=assistant_model, **kwargs)
+
+    def _get_drafter(self, generation_config, logits_processor) -> Drafter:
+        if not self.model.predictors:
+            raise ValueError(
+                "use_mtp=True is not possible: the model has no modules of multi-token prediction "
+                f"(num_nextn_predict_layers={self.config.num_nextn_predict_layers})."
+            )
+        if self._drafts < 1:
+            raise ValueError(f"num_assistant_tokens={self._drafts} is not possible: at least 1 token is drafted.")
+        drafter = Drafter(self, self._drafts, generation_config, logits_processor)
+        self.draft_report = drafter.report
+        return drafter
 
     def generate_batch(self, *args, **kwargs):
         """Raises: ValueError. transformers' continuous batching writes keys and values of equal widths, no latents."""

@@ -12,7 +12,7 @@ from .attention import MultiHeadLatentAttention, backend_of
 from .configuration_nanodeepseek import NanoDeepSeekConfig
 from .indexer import IndexerObjective, IndexerRecall, KeySelector, LightningIndexer, chunks
 from .layers import exactly, once_differentiable
-from .masks import Visibility
+from .masks import Visibility, own_mask
 
 # What a multiply-add on gathered latents costs, in multiply-adds of dense attention (measured, docs/log.md).
 GATHER_COST = 3.0
@@ -158,7 +158,7 @@ class DeepseekSparseAttention(MultiHeadLatentAttention):
     whatever is done to a cache is done to them.
 
     Further arguments of forward:
-        visibility: who sees whom.
+        visibility: who sees whom; without it what attention_mask says, or causal.
         index_topk_indices: keys to attend to instead of those the indexer would choose, [B, T, any], -1 for none.
         index_loss_weight: [B, T], how much each query's KL counts in the indexer's loss; without it there is none.
     """
@@ -194,6 +194,8 @@ class DeepseekSparseAttention(MultiHeadLatentAttention):
             latent_B1Sl, keys_B1Si = past_key_values.update(latent_B1Sl, keys_B1Si, self.layer_idx)
 
         S = latent_B1Sl.shape[2]
+        if visibility is None:  # a layer by itself, as transformers' MtpModel runs it
+            visibility = Visibility(S, S - T, mask=None if attention_mask is None else own_mask(attention_mask))
         given, measured = index_topk_indices is not None, kwargs.get("output_index_recall", False)
         dense = self.config.dsa_stage == "warmup" or (S <= self.config.index_topk and not given)
         if given:

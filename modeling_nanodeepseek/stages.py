@@ -1,4 +1,5 @@
 """The stages in which DeepSeek Sparse Attention is trained: what learns in each, and how a dense model gets an indexer.
+(And whether multi-token prediction learns: there is one place that freezes.)
 
 V3.2 report section 2.1: a model trained with dense attention; a warm-up in which attention stays dense and the indexer
 alone learns; sparse training of everything.
@@ -15,6 +16,7 @@ class SparseStages:
     """Methods of the models. Goes in front of PreTrainedModel."""
 
     learns_indexer = False  # whether the class computes the indexer's loss
+    learns_mtp = False  # and multi-token prediction's
 
     def set_dsa_stage(self, stage: str):
         """Enters a stage: sets `config.dsa_stage`, and what requires gradients.
@@ -38,17 +40,25 @@ class SparseStages:
         self.freeze_for_stage()
 
     def freeze_for_stage(self):
-        """Takes the gradients of what does not learn in the config's stage, or never: an indexer without its loss."""
+        """Takes the gradients of what does not learn in the config's stage, or never: an indexer or a module of
+        multi-token prediction without its loss. Where they have it, indexer and modules learn (again)."""
         # A parameter without a gradient would stop DDP, and an optimizer's weight decay would still move it.
-        if self.config.index_topk is None:
-            return
-        stage = self.config.dsa_stage
-        trains_indexer = self.learns_indexer and stage != "dense" and self.config.index_loss_coef > 0
+        config, stage = self.config, self.config.dsa_stage
+        trains_indexer = self.learns_indexer and stage != "dense" and config.index_loss_coef > 0
+        trains_mtp = self.learns_mtp and config.mtp_loss_coef > 0
+        further = tuple(f"layers.{config.num_hidden_layers + k}." for k in range(config.num_nextn_predict_layers))
         for name, parameter in self.named_parameters():
-            if ".indexer." in name:
-                parameter.requires_grad_(trains_indexer)
-            elif trains_indexer and stage == "warmup":
+            of_mtp = any(layer in name for layer in further)
+            if not parameter.is_floating_point():
+                continue  # quantised: it cannot learn
+            elif of_mtp and not trains_mtp:
                 parameter.requires_grad_(False)
+            elif ".indexer." in name:
+                parameter.requires_grad_(trains_indexer)
+            elif config.index_topk is not None and trains_indexer and stage == "warmup":
+                parameter.requires_grad_(False)
+            elif of_mtp:
+                parameter.requires_grad_(True)
 
     def with_indexer(self, index_topk: int, **fields):
         """This model with a fresh indexer in every layer, in the stage `warmup`: a new model that shares its weights.

@@ -312,25 +312,6 @@ def test_token_ids_outside_the_vocabulary_are_named(wrong):
         tiny_model()(ids)
 
 
-def test_mtp_layers_of_an_official_checkpoint_are_skipped(tmp_path):
-    from safetensors.torch import load_file, save_file
-
-    model = tiny_model(num_nextn_predict_layers=2)
-    model.save_pretrained(tmp_path)
-    weights = load_file(tmp_path / "model.safetensors")
-    extra = {f"model.layers.{n}.eh_proj.weight": torch.ones(2) for n in (3, 4)}
-    save_file(weights | extra, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    _, info = NanoDeepSeekForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
-    assert not info["unexpected_keys"] and not info["missing_keys"]
-    save_file(
-        weights | {"model.layers.5.eh_proj.weight": torch.ones(2)},
-        tmp_path / "model.safetensors",
-        metadata={"format": "pt"},
-    )
-    _, info = NanoDeepSeekForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
-    assert set(info["unexpected_keys"]) == {"model.layers.5.eh_proj.weight"}
-
-
 def test_initialisation_reaches_every_tensor():
     """Also from the meta device, where nothing that a constructor wrote survives."""
     config = tiny_config(initializer_range=0.006, hidden_size=256, vocab_size=512, n_routed_experts=8)

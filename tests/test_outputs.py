@@ -120,7 +120,8 @@ def test_trainer_predicts_logits_alone(returned, tmp_path):
     """Everything else that a forward returns would reach compute_metrics as further predictions."""
     model = tiny_model(aux_loss_alpha=0.3)
     beside = {"past_key_values", "router_logits", "ce_loss", "balance_loss"}
-    beside |= {"index_topk_indices", "index_recall", "index_loss"}
+    beside |= {"index_topk_indices", "index_recall", "index_loss", "last_hidden_state"}
+    beside |= {"mtp_loss", "mtp_depth_losses", "mtp_correct", "mtp_targets", "mtp_hidden_states"}
     assert set(model.config.keys_to_ignore_at_inference) == beside
     for name, value in returned.items():
         setattr(model.config, name, value)

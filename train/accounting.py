@@ -16,12 +16,24 @@ def count_parameters(config: NanoDeepSeekConfig) -> dict[str, int]:
 
     Those biases, E per MoE layer, are buffers: `model.parameters()` has them not, the published totals do.
 
+    Multi-token prediction's modules are counted apart, as the reports do.
+
     Returns: `total`; `active`, those a token meets (K of E experts, the whole indexer); `active_matmul`, active without
     the input embedding's lookup (an untied one), norms and biases: what costs multiplications; `index_matmul`, the
-    indexers' share of that.
+    indexers' share of that; `mtp`, `mtp_matmul` and `mtp_index_matmul`, the modules' total and what costs
+    multiplications there, without their indexers and these alone.
     """
     model = build_meta(config)
-    counts = {"total": 0, "active": 0, "active_matmul": 0, "index_matmul": 0}
+    counts = {
+        "total": 0,
+        "active": 0,
+        "active_matmul": 0,
+        "index_matmul": 0,
+        "mtp": 0,
+        "mtp_matmul": 0,
+        "mtp_index_matmul": 0,
+    }
+    further = tuple(f"model.layers.{config.num_hidden_layers + k}." for k in range(config.num_nextn_predict_layers))
     biases = {n: b for n, b in model.named_buffers() if n.endswith("e_score_correction_bias")}
     for name, tensor in [*model.named_parameters(), *biases.items()]:
         used = tensor.numel()
@@ -29,6 +41,10 @@ def count_parameters(config: NanoDeepSeekConfig) -> dict[str, int]:
             used = used // config.n_routed_experts * config.num_experts_per_tok
         lookup = name == "model.embed_tokens.weight" and not config.tie_word_embeddings
         multiplied = used if tensor.ndim >= 2 and not lookup else 0
+        if name.startswith(further):
+            counts["mtp"] += tensor.numel()
+            counts["mtp_index_matmul" if ".indexer." in name else "mtp_matmul"] += multiplied
+            continue
         counts["total"] += tensor.numel()
         counts["active"] += used
         counts["active_matmul"] += multiplied
@@ -46,7 +62,8 @@ def training_flops_per_token(config: NanoDeepSeekConfig, sequence_length: int) -
     selection and in the stages `dense` and `warmup`, which gives S/2. P counts passes, each worth a forward: 3, or 1 in
     `warmup`, where the model has no backward. The indexer scores all S/2 keys and learns from the N; nothing flows back
     into its inputs, so its matrices cost 2 I in the backward, not 4. It rests in `dense`; with index_loss_coef = 0 it
-    has no backward.
+    has no backward. D modules of multi-token prediction that learn are D layers more, their eh_proj, and D times the
+    head (which rests in `warmup`, where their indexers alone learn).
 
     These are the operations that the equations need, so that runs compare. Left out: what a form of attention adds
     (gathered latents cost 2c + r per head and key where n + r + v is counted, a mask computes hidden keys too, the
@@ -65,10 +82,14 @@ def training_flops_per_token(config: NanoDeepSeekConfig, sequence_length: int) -
     else:
         width = 2 * config.head_dim
     passes = 1 if learns and config.dsa_stage == "warmup" else 3
-    pairs = config.num_hidden_layers * config.num_attention_heads * width * keys
-    flops = 2 * passes * (counts["active_matmul"] - counts["index_matmul"] + pairs)
+    depth = config.num_nextn_predict_layers if config.mtp_loss_coef > 0 else 0
+    pairs = (config.num_hidden_layers + depth) * config.num_attention_heads * width * keys
+    heads = 0 if config.dsa_stage == "warmup" else depth * config.vocab_size * config.hidden_size
+    further = counts["mtp_matmul"] + heads if depth else 0
+    flops = 2 * passes * (counts["active_matmul"] - counts["index_matmul"] + pairs + further)
     if indexes:
-        scores = config.num_hidden_layers * config.index_n_heads * config.index_head_dim
-        flops += 2 * (counts["index_matmul"] + scores * S / 2)
-        flops += 2 * (counts["index_matmul"] + scores * 2 * keys) if learns else 0
+        scores = (config.num_hidden_layers + depth) * config.index_n_heads * config.index_head_dim
+        matrices = counts["index_matmul"] + (counts["mtp_index_matmul"] if depth else 0)
+        flops += 2 * (matrices + scores * S / 2)
+        flops += 2 * (matrices + scores * 2 * keys) if learns else 0
     return flops

@@ -139,6 +139,7 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--max-new-tokens", type=number(int, 1), default=128)
     parser.add_argument("--temperature", type=number(float, 0), default=0.0, help="0 is greedy")
     parser.add_argument("--top-p", type=number(float, 0, 1, above=True), default=1.0)
+    parser.add_argument("--use-mtp", action="store_true", help="draft with multi-token prediction; one text at a time")
     parser.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0)
     parser.add_argument("--device")
     args = parser.parse_args(argv)
@@ -149,6 +150,8 @@ def main(argv: list[str] | None = None):
     settings = {"max_new_tokens": args.max_new_tokens, "do_sample": args.temperature > 0}
     if args.temperature > 0:
         settings |= {"temperature": args.temperature, "top_p": args.top_p}
+    if args.use_mtp:
+        settings, args.batch_size = settings | {"use_mtp": True}, 1
     set_seed(args.seed)
     try:
         writer = Writer(args.model, args.device, **settings)

@@ -84,6 +84,14 @@ def load_model(recipe: Recipe, tokenizer) -> NanoDeepSeekForCausalLM:
         model = build_model(recipe.model.config, recipe.model.variant, **ids | recipe.model.overrides)
     model = enter_stage(model, recipe.model)
     config = model.config
+    if recipe.mtp is not None:
+        if config.num_nextn_predict_layers == 0:
+            raise ValueError(
+                "the recipe's section mtp is for a model with num_nextn_predict_layers of at least 1, and "
+                f"{recipe.model.checkpoint or recipe.model.config!r} has none"
+            )
+        config.mtp_loss_coef, config.mtp_detach_trunk = recipe.mtp.coef, recipe.mtp.detach_trunk
+        model.freeze_for_stage()
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
             f"the tokenizer has {len(tokenizer)} tokens, the model's vocab_size is only {config.vocab_size}"
@@ -147,13 +155,15 @@ def describe(trainer: NanoDeepSeekTrainer) -> str:
     args, counts = trainer.args, count_parameters(trainer.model.config)
     rows, held_out = len(trainer.train_dataset), len(trainer.eval_dataset)
     length, precision = trainer.recipe.data.sequence_length, "bf16" if args.bf16 else "fp32"
+    further = f"; {counts['mtp']:,} more for multi-token prediction" if counts["mtp"] else ""
     groups = [
         f"{group['name']} {sum(p.numel() for p in group['params']):,} by {'Muon' if group['muon'] else 'AdamW'}"
         f" at {group['lr']:g}"
         for group in parameter_groups(trainer.model, trainer.recipe.optimizer)
     ]
     return (
-        f"model: {counts['total']:,} parameters, {counts['active']:,} active per token\n"
+        f"model: {counts['total']:,} parameters, {counts['active']:,} active per token"
+        f"{further}\n"
         f"data: {rows:,} training and {held_out:,} validation rows of {length} tokens\n"
         f"machine: {args.device}, {precision}, {torch.get_num_threads()} threads\n"
         f"optimizer: {'; '.join(groups)}"

@@ -127,6 +127,18 @@ class BalanceSection(Section):
     centre: bool = False
 
 
+class MtpSection(Section):
+    """Weight of multi-token prediction's loss: `coef` until `switch_at` (share of the run), then `final_coef`.
+
+    The defaults are V3's pre-training: 0.3 for 10 of 14.8 trillion tokens, then 0.1.
+    """
+
+    coef: float = Field(default=0.3, gt=0)
+    final_coef: float = Field(default=0.1, ge=0)
+    switch_at: float = Field(default=10 / 14.8, ge=0, le=1)
+    detach_trunk: bool = False  # the loss reaches the modules alone
+
+
 class Recipe(Section):
     output_dir: str
     model: ModelSection
@@ -135,6 +147,7 @@ class Recipe(Section):
     optimizer: OptimizerSection = Field(default_factory=OptimizerSection)
     schedule: ScheduleSection = Field(default_factory=ScheduleSection)
     balance: BalanceSection = Field(default_factory=BalanceSection)
+    mtp: MtpSection | None = None  # for a model with num_nextn_predict_layers; default: its config's mtp_loss_coef
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the hardware multiplies it natively
     threads: int | None = Field(default=None, ge=1)  # CPU threads; default: this process's share of the cores
     prompt: str | None = None  # text to continue when the run has ended

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Callable
 
 import torch
 from torch.nn import functional as F
@@ -9,12 +10,13 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState, ProgressCallback
 
 from modeling_nanodeepseek import LoadBalancingCallback
+from modeling_nanodeepseek.mtp import further_targets
 
 from .accounting import training_flops_per_token
 from .checkpointing import AtomicCheckpoints
 from .hardware import matmul_peak
 from .optimizers import build_optimizer
-from .recipe import Recipe, ScheduleSection
+from .recipe import MtpSection, Recipe, ScheduleSection
 
 
 def lr_factor(progress: float, schedule: ScheduleSection) -> float:
@@ -67,6 +69,8 @@ class LineCallback(ProgressCallback):
         "ce_loss": "ce {:.4f}",
         "balance_loss": "balance {:.3f}",
         "index_kl": "index KL {:.4f} per layer",
+        "mtp_loss_1": "mtp {:.4f}",
+        "mtp_accuracy_1": "second token {:.1%}",
         "grad_norm": "|g| {:.2f}",
         "learning_rate": "lr {:.2e}",
         "expert_max_violation": "maxvio {:.2f}",
@@ -77,6 +81,7 @@ class LineCallback(ProgressCallback):
         "eval_loss": "validation loss {:.4f}",
         "eval_bits_per_byte": "validation {:.4f} bits per byte",
         "eval_index_recall": "index recall {:.4f}",
+        "eval_mtp_accuracy_1": "second token {:.1%}",
     }
 
     def on_log(self, args, state, control, logs=None, **kwargs):
@@ -88,10 +93,22 @@ class LineCallback(ProgressCallback):
             (self.training_bar.write if self.training_bar is not None else print)(line)
 
 
+class MtpCallback(TrainerCallback):
+    """Sets the weight of multi-token prediction's loss before each step, by the share of the run that is over."""
+
+    def __init__(self, section: MtpSection, progress: Callable[[float], float]):
+        self.section, self.progress = section, progress
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        done = self.progress(state.global_step / max(state.max_steps, 1))
+        model.config.mtp_loss_coef = self.section.coef if done < self.section.switch_at else self.section.final_coef
+
+
 class NanoDeepSeekTrainer(AtomicCheckpoints, Trainer):
     """Trainer for a recipe.
 
-    Adds: the recipe's optimizer and schedule; loss-free balancing; every loss term, the experts' load, tokens per
+    Adds: the recipe's optimizer and schedule; loss-free balancing; the weight of multi-token prediction; every loss
+    term, each module's accuracy, the experts' load, tokens per
     second and FLOP utilisation in the log; `evaluate()` with the exact mean loss and bits per byte; checkpoints that
     are whole or not there (`checkpointing.py`).
 
@@ -111,6 +128,8 @@ class NanoDeepSeekTrainer(AtomicCheckpoints, Trainer):
         self.remove_callback(ProgressCallback)
         for callback in (Clock(recipe.schedule.max_seconds), self.balancing, LineCallback()):
             self.add_callback(callback)
+        if recipe.mtp is not None:
+            self.add_callback(MtpCallback(recipe.mtp, self.progress))
         # Since the last log: sums of the loss terms, micro-batches' tokens, optimizer steps, and when it was.
         self._terms: dict[str, list[torch.Tensor]] = {}
         self._tokens = self._steps = 0
@@ -148,7 +167,7 @@ class NanoDeepSeekTrainer(AtomicCheckpoints, Trainer):
             self._since = self.clock.spent if self._since is None else self._since
             self._tokens += inputs["input_ids"].numel() * self.args.world_size
             self._steps += self.accelerator.sync_gradients
-            for term in ("ce_loss", "balance_loss", "index_loss"):
+            for term in ("ce_loss", "balance_loss", "index_loss", "mtp_depth_losses", "mtp_correct", "mtp_targets"):
                 if outputs.get(term) is not None:
                     self._terms.setdefault(term, []).append(outputs[term].detach())
         return (loss, outputs) if return_outputs else loss
@@ -157,16 +176,27 @@ class NanoDeepSeekTrainer(AtomicCheckpoints, Trainer):
         if "loss" in logs and self._steps:
             for term, values in self._terms.items():
                 # Micro-batches and ranks hold shares of their batch's mean, so they add up.
-                total = self.accelerator.reduce(torch.stack(values).sum(), reduction="sum")
-                logs[term] = total.item() / self._steps
+                totals = self.accelerator.reduce(torch.stack(values).sum(0), reduction="sum").tolist()
+                logs[term] = (
+                    [total / self._steps for total in totals] if isinstance(totals, list) else totals / self._steps
+                )
             if "index_loss" in logs:  # which sums over layers, as in the loss
-                logs["index_kl"] = logs["index_loss"] / self.model.config.num_hidden_layers
+                learning = [p for n, p in self.model.named_parameters() if ".indexer.wk." in n and p.requires_grad]
+                logs["index_kl"] = logs["index_loss"] / len(learning)
+            self._name_by_depth(logs)
             logs["tokens_per_second"] = self._tokens / max(self.clock.spent - self._since, 1e-9)
             logs["flop_utilisation"] = logs["tokens_per_second"] * self._flops_per_token / self._peak
             if self.balancing.load is not None:
                 logs |= self.balancing.load.metrics()
             self._terms, self._tokens, self._steps, self._since = {}, 0, 0, None
         super().log(logs, *args, **kwargs)
+
+    @staticmethod
+    def _name_by_depth(logs: dict):
+        """What was summed for each module, as `mtp_loss_1`, `mtp_accuracy_1`, ...: a log holds numbers alone."""
+        losses, correct, targets = (logs.pop(f"mtp_{name}", []) for name in ("depth_losses", "correct", "targets"))
+        for k, (loss, right, all_) in enumerate(zip(losses, correct, targets), start=1):
+            logs |= {f"mtp_loss_{k}": loss, f"mtp_accuracy_{k}": right / max(all_, 1e-9)}
 
     def get_eval_dataloader(self, eval_dataset=None):
         """Every row is evaluated, also where `dataloader_drop_last` drops some in training."""
@@ -183,13 +213,17 @@ class NanoDeepSeekTrainer(AtomicCheckpoints, Trainer):
         bits per byte = (sum of -log2 p of every predicted token) / (bytes of the documents); no term but the CE.
         index_recall, of a model that selects keys or learns to: the share of the dense attention's mass that the
         selection holds, the mean over layers and over the predicting tokens that see more keys than are selected.
+        mtp_accuracy_k: how often the true token is likeliest to module k of multi-token prediction, of its targets.
         """
         model = self._wrap_model(self.model, training=False)
         model.eval()
         config = self.model.config
         selects = config.index_topk is not None and config.dsa_stage != "dense"
+        depth = config.num_nextn_predict_layers
         extras = {"output_index_recall": True} if selects else {}
-        sums = torch.zeros(4, dtype=torch.float64)  # nats, targets, recall, tokens it is taken over
+        extras |= {"output_mtp_hidden_states": True} if depth else {}
+        # nats, targets; right tokens and targets of each module; recall, tokens it is taken over
+        sums = torch.zeros(4 + 2 * depth, dtype=torch.float64)
         batches = self.get_eval_dataloader(eval_dataset)
         self.callback_handler.eval_dataloader = batches
         for batch in batches:
@@ -201,6 +235,10 @@ class NanoDeepSeekTrainer(AtomicCheckpoints, Trainer):
             logits = outputs.logits.float().flatten(0, 1)
             losses = F.cross_entropy(logits, shifted.flatten(), reduction="none").view_as(shifted)
             terms = [losses, shifted != -100]
+            for k, state in enumerate(outputs.get("mtp_hidden_states") or (), start=1):
+                places = batch.get("attention_mask"), batch.get("position_ids")
+                targets = further_targets(k, shifted, *places)
+                terms += [self.model.lm_head(state).argmax(-1).to(targets.device) == targets, targets != -100]
             if selects:
                 recall = torch.stack(outputs.index_recall).mean(0)
                 counted = (shifted != -100) & ~recall.isnan()
@@ -208,10 +246,14 @@ class NanoDeepSeekTrainer(AtomicCheckpoints, Trainer):
             rows = torch.stack([term.double().sum(-1) for term in terms], -1)
             sums[: len(terms)] += self.accelerator.gather_for_metrics(rows).sum(0).cpu()
             self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-        nats, targets, recall, counted = sums.tolist()
+        nats, targets, *further = sums.tolist()
+        recall, counted = further[2 * depth :]
         metrics = {f"{metric_key_prefix}_loss": nats / max(targets, 1), f"{metric_key_prefix}_tokens": int(targets)}
         if counted:
             metrics[f"{metric_key_prefix}_index_recall"] = recall / counted
+        for k in range(depth):
+            right, all_ = further[2 * k : 2 * k + 2]
+            metrics[f"{metric_key_prefix}_mtp_accuracy_{k + 1}"] = right / max(all_, 1)
         if self.validation_bytes and eval_dataset is None:
             metrics[f"{metric_key_prefix}_bits_per_byte"] = nats / math.log(2) / self.validation_bytes
         self.log(metrics)

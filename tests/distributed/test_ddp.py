@@ -93,3 +93,45 @@ def test_stages_of_sparse_training(tmp_path):
         assert [moved for *_, moved in rank] == [False] * 4 + [True] * 4
         for kl, expected, error, _ in rank:
             assert abs(kl - expected) < 1e-5 * expected and error < 1e-5
+
+
+def mtp_work(rank: int, world: int) -> list[tuple[float, list, list]]:
+    """With selected keys, of each stage and of a detached trunk: the worst gradient's error against one process, which
+    has both ranks' batches; the modules' losses here and there. Nothing is unused, and nothing waited for."""
+    results = []
+    for changes in (
+        {"dsa_stage": "warmup"},
+        {"dsa_stage": "sparse"},
+        {"mtp_detach_trunk": True},
+        {"mtp_loss_coef": 0.0},
+    ):
+        settings = {"index_topk": 5, "index_n_heads": 6, "index_head_dim": 8, "num_nextn_predict_layers": 2} | changes
+        for checkpointing in (False, True):
+            alone, model = (tiny_model(**settings).train() for _ in range(2))
+            if checkpointing:
+                checkpoint_activations(model, use_reentrant=False)
+            parallel = DistributedDataParallel(model, find_unused_parameters=False)
+            for step in range(2):
+                batches = [tokens(2, 23, seed=2 * step + other) for other in range(world)]
+                output = parallel(batches[rank], labels=batches[rank])
+                output.loss.backward()
+                outputs = [alone(ids, labels=ids) for ids in batches]
+                (sum(o.loss for o in outputs) / world).backward()
+                pairs = [(p, model.get_parameter(name)) for name, p in alone.named_parameters() if p.requires_grad]
+                worst = max(rms_ratio(a.grad, b.grad) for a, b in pairs)
+                own, expected = (o.mtp_depth_losses for o in (output, outputs[rank]))
+                results.append((worst, *([] if x is None else x.tolist() for x in (own, expected))))
+                update_expert_bias(model, gamma=0.01)
+                with torch.no_grad():
+                    alone.load_state_dict(model.state_dict())
+                alone.zero_grad()
+                model.zero_grad()
+    return results
+
+
+def test_multi_token_prediction(tmp_path):
+    for rank in processes.run(mtp_work, tmp_path):
+        assert len(rank) == 16
+        assert [len(own) for _, own, _ in rank] == [0] * 4 + [2] * 8 + [0] * 4
+        for error, own, expected in rank:
+            assert error < 1e-5 and all(abs(a - b) < 1e-5 * b for a, b in zip(own, expected, strict=True))

@@ -117,6 +117,7 @@ OFFICIAL["v3.2"] = OFFICIAL["v3"] | {
 TOTAL = {"v2-lite": 15_706_484_224, "v2": 235_741_434_880, "v3": 671_026_419_200, "v3.2": 671_877_944_064}
 ACTIVE = {"v2-lite": 2_661_150_208, "v2": 21_375_800_320, "v3": 37_552_297_472, "v3.2": 38_403_822_336}
 BIASES = {"v2-lite": 0, "v2": 0, "v3": 58 * 256, "v3.2": 58 * 256}  # the router's: buffers, yet in the published counts
+MTP = {"v2-lite": 0, "v2": 0, "v3": 11_610_068_224, "v3.2": 11_624_027_648}  # without copies of embedding and head
 
 INDEXER = {
     "wq_b.weight": (8192, 1536),
@@ -138,7 +139,9 @@ def test_official_sizes(name, tmp_path):
     counts = count_parameters(config)
     assert counts["total"] == TOTAL[name]
     assert counts["active"] == ACTIVE[name]
-    assert sum(parameter.numel() for parameter in build_meta(config).parameters()) == TOTAL[name] - BIASES[name]
+    assert counts["mtp"] == MTP[name]
+    biases = BIASES[name] + (256 if MTP[name] else 0)
+    assert sum(parameter.numel() for parameter in build_meta(config).parameters()) == TOTAL[name] + MTP[name] - biases
 
 
 def test_the_file_that_ships_means_the_official_one(tmp_path):
@@ -150,7 +153,7 @@ def test_the_file_that_ships_means_the_official_one(tmp_path):
 
 def test_the_indexer_of_v32(tmp_path):
     """13,959,424 parameters in each layer, those with dense feed-forward too; router biases are no parameters."""
-    model = build_meta(official_config("v3.2", tmp_path))
+    model = build_meta(official_config("v3.2", tmp_path, num_nextn_predict_layers=0))
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     assert sum(math.prod(shape) for shape in shapes.values()) == 671_877_929_216
     for layer in range(61):

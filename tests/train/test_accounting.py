@@ -18,6 +18,18 @@ def test_v32_matrices():
     without = count_parameters(build_config("deepseek-v3.2", index_topk=None))
     assert without["active_matmul"] == MODEL and without["index_matmul"] == 0
     assert without["total"] == 671_026_419_200  # V3
+    assert without["mtp"] == 11_610_068_224 and counts["mtp"] == without["mtp"] + 13_959_424
+
+
+def test_multi_token_prediction_is_a_layer_and_a_head_more():
+    config = build_config("deepseek-v3.2", dsa_stage="dense")
+    without = build_config("deepseek-v3.2", dsa_stage="dense", num_nextn_predict_layers=0)
+    # eh_proj, attention, router, shared and 8 of 256 experts, the head; 81,920 operations for a query and a key
+    module = 2 * 7168**2 + 187_107_328 - 2048 + 256 * 7168 + 9 * 44_040_192 + 129_280 * 7168
+    expected = 6 * module + 3 * 81_920 * 4096
+    assert training_flops_per_token(config, 8192) - training_flops_per_token(without, 8192) == expected
+    frozen = build_config("deepseek-v3.2", dsa_stage="dense", mtp_loss_coef=0.0)
+    assert training_flops_per_token(frozen, 8192) == training_flops_per_token(without, 8192)
 
 
 @pytest.mark.parametrize(
@@ -34,7 +46,10 @@ def test_v32_matrices():
     ],
 )
 def test_v32_by_stage(stage, length, expected):
-    assert training_flops_per_token(build_config("deepseek-v3.2", dsa_stage=stage), length) == expected
+    assert (
+        training_flops_per_token(build_config("deepseek-v3.2", dsa_stage=stage, num_nextn_predict_layers=0), length)
+        == expected
+    )
 
 
 def test_figures_of_v32():
@@ -46,7 +61,7 @@ def test_figures_of_v32():
         ("sparse", 131072): 323.18,
     }
     for (stage, length), gigaflops in figures.items():
-        config = build_config("deepseek-v3.2", dsa_stage=stage)
+        config = build_config("deepseek-v3.2", dsa_stage=stage, num_nextn_predict_layers=0)
         assert training_flops_per_token(config, length) / 1e9 == pytest.approx(gigaflops, abs=0.005)
 
 

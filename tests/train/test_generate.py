@@ -40,6 +40,21 @@ def test_batch_equals_single_and_keeps_the_order(checkpoint, tmp_path):
     assert not list(tmp_path.glob("*.partial"))
 
 
+def test_drafted_texts_are_the_same(tmp_path):
+    """By --use-mtp, one text at a time; a model without modules to draft with says so."""
+    ids = {"eos_token_id": 1, "bos_token_id": 0}
+    model = build_model("small", **TINY_MODEL | ids | {"initializer_range": 0.3, "num_nextn_predict_layers": 1})
+    model.save_pretrained(tmp_path / "model")
+    small_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "in.txt").write_text("the quick brown\n\na\nseven wizards\n")
+    arguments = ["--model", str(tmp_path / "model"), "--input", str(tmp_path / "in.txt"), "--max-new-tokens", "8"]
+    texts = []
+    for settings in ([], ["--use-mtp"]):
+        generate.main([*arguments, *settings, "--output", str(tmp_path / "out.jsonl")])
+        texts.append((tmp_path / "out.jsonl").read_text())
+    assert texts[0] == texts[1] and len(texts[0].splitlines()) == 3
+
+
 def test_interactive(checkpoint, capsys):
     writer = generate.Writer(checkpoint, max_new_tokens=6, do_sample=False)
     generate.converse(writer, chat=False, lines=io.StringIO("the quick\n\nlazy dog\n/quit\nnever read\n"))

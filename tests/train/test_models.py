@@ -61,8 +61,9 @@ def by_hand(config: NanoDeepSeekConfig, experts: int) -> int:
 def test_parameters_to_the_unit(name):
     config = build_config(name)
     parameters, active, biases = COUNTS[name]
-    assert sum(parameter.numel() for parameter in build_meta(config).parameters()) == parameters
     counts = count_parameters(config)
+    further = counts["mtp"] - (config.n_routed_experts if counts["mtp"] else 0)  # the router's bias is a buffer
+    assert sum(parameter.numel() for parameter in build_meta(config).parameters()) == parameters + further
     assert (counts["total"], counts["active"]) == (parameters + biases, active)
     assert counts["total"] == by_hand(config, config.n_routed_experts or 0)
     assert counts["active"] == by_hand(config, config.num_experts_per_tok)
@@ -119,6 +120,9 @@ def test_a_step_at_a_reduced_size(name):
     terms = outputs.ce_loss
     if moe:
         terms = terms + config.aux_loss_alpha * outputs.balance_loss
+    if config.num_nextn_predict_layers:
+        assert outputs.mtp_loss.item() == pytest.approx(math.log(97), rel=0.1)
+        terms = terms + config.mtp_loss_coef * outputs.mtp_loss
     if sparse:
         terms = terms + outputs.index_loss
         assert outputs.index_loss > 1e-4
