@@ -406,27 +406,23 @@ class NanoDeepSeekForCausalLM(NanoDeepSeekPreTrainedModel, GenerationMixin):
         if indexed:
             index_loss = self._index_loss(outputs.index_loss)
             loss = loss + self.config.index_loss_coef * index_loss
-        predicted = None
+        predicted = MtpLoss()
         if further and self.config.dsa_stage != "warmup":
             places = {"attention_mask": attention_mask, "position_ids": position_ids}
             predicted = self._mtp_loss(outputs.mtp_hidden_states, labels, **places, **kwargs)
-            loss = loss + self.config.mtp_loss_coef * predicted.loss
-        layers = self.config.num_hidden_layers
+            loss = loss + self.config.mtp_loss_coef * predicted.mtp_loss
+        layers = self.config.num_hidden_layers  # what is recorded of further modules follows theirs
         output = NanoDeepSeekCausalLMOutput(
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions
-            and outputs.attentions[:layers],  # the modules' of multi-token prediction follow
+            attentions=outputs.attentions and outputs.attentions[:layers],
             router_logits=self._of_decoder(outputs.router_logits) if shows_routing else None,
             ce_loss=ce_loss,
             balance_loss=balance_loss,
             index_loss=index_loss,
-            mtp_loss=None if predicted is None else predicted.loss,
-            mtp_depth_losses=None if predicted is None else predicted.depth_losses,
-            mtp_correct=None if predicted is None else predicted.correct,
-            mtp_targets=None if predicted is None else predicted.targets,
+            **vars(predicted),
             mtp_hidden_states=outputs.mtp_hidden_states if shows_further else None,
             last_hidden_state=hidden_states if kwargs.get("output_last_hidden_state") else None,
             index_topk_indices=(outputs.get("index_topk_indices") or ())[:layers] or None,

@@ -91,18 +91,18 @@ def further_targets(
 
 @dataclass
 class MtpLoss:
-    """The loss of D modules.
+    """The loss of D modules, under the names of the model's output.
 
     Attributes:
-        loss: 1/D sum_k L^k.
-        depth_losses: [D], L^k.
-        correct, targets: [D], how many targets were each module's likeliest token, and how many there were.
+        mtp_loss: 1/D sum_k L^k.
+        mtp_depth_losses: [D], L^k.
+        mtp_correct, mtp_targets: [D], how many targets were each module's likeliest token, and how many there were.
     """
 
-    loss: torch.Tensor
-    depth_losses: torch.Tensor
-    correct: torch.Tensor
-    targets: torch.Tensor
+    mtp_loss: torch.Tensor | None = None
+    mtp_depth_losses: torch.Tensor | None = None
+    mtp_correct: torch.Tensor | None = None
+    mtp_targets: torch.Tensor | None = None
 
 
 def mtp_loss(
@@ -257,9 +257,8 @@ class Drafter(CandidateGenerator):
 
     def forget(self, outputs: list[torch.Tensor], chosen: int):
         """Crops what rests on drafts, and keeps the final states that the next module has not read."""
-        lengths = [
-            max(0, chosen - 1 - k - self.first) for k in range(len(self.modules))
-        ]  # final ones: i + k + 1 < n + 1
+        # t_0..t_n are chosen, n + 1 = `chosen`: of module k + 1 the positions with i + k + 1 <= n are final.
+        lengths = [max(0, chosen - 1 - k - self.first) for k in range(len(self.modules))]
         for k, (cache, length) in enumerate(zip(self.caches, lengths)):
             end = self.first + cache.get_seq_length()  # of what was read, further rounds of the last module included
             if k + 1 < min(len(outputs), len(self.modules)):
