@@ -111,6 +111,7 @@ def main():
     device = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
     kept = {"command": "python -m benchmarks.mtp", "date": datetime.date.today().isoformat()}
     kept |= {"device": processor(device), "steps": args.steps, "threads": args.threads}
+    kept |= {"runs": args.runs, "prompt_tokens": args.length, "new_tokens": args.new}
     kept |= {"decode_threads": args.decode_threads, "torch": torch.__version__}
     kept |= {"transformers": transformers.__version__, "python": platform.python_version()}
     file = args.results / f"{kept['date']}-{device}-mtp.json"

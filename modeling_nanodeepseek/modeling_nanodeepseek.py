@@ -447,8 +447,9 @@ class NanoDeepSeekForCausalLM(NanoDeepSeekPreTrainedModel, GenerationMixin):
 
     def _wants_mtp(self, labels: torch.Tensor | None) -> bool:
         """While its modules learn, or (in the warm-up) their indexers; so none of their parameters goes unused."""
-        learns = any(p.requires_grad for module in self.model.predictors for p in module.parameters())
-        return self.training and labels is not None and learns
+        if not self.training or labels is None:  # asked for every token that is decoded
+            return False
+        return any(p.requires_grad for module in self.model.predictors for p in module.parameters())
 
     def _mtp_loss(self, states: tuple[torch.Tensor, ...], labels, **kwargs) -> MtpLoss:
         if torch.is_grad_enabled() and not states[-1].requires_grad:

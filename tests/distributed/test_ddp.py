@@ -51,6 +51,18 @@ def test_a_rank_with_a_single_expert(tmp_path):
         assert error < 1e-5 and same < 1e-5
 
 
+def step_beside(alone, parallel, rank: int, world: int, step: int):
+    """A forward and backward of this rank's batch under DDP, and of all ranks' in one process: this rank's output in
+    both, and the pairs of parameters that learn."""
+    batches = [tokens(2, 23, seed=2 * step + other) for other in range(world)]
+    output = parallel(batches[rank], labels=batches[rank])
+    output.loss.backward()
+    outputs = [alone(ids, labels=ids) for ids in batches]
+    (sum(o.loss for o in outputs) / world).backward()
+    learning = [(name, p) for name, p in alone.named_parameters() if p.requires_grad]
+    return output, outputs[rank], [(p, parallel.module.get_parameter(name)) for name, p in learning]
+
+
 def stage_work(rank: int, world: int) -> list[tuple[float, float, float, bool]]:
     """Of each stage, with gradient checkpointing and without: this rank's KL and one process's, which has both ranks'
     batches; the worst gradient's error against it; whether the router biases moved. What is frozen is not waited for,
@@ -65,19 +77,14 @@ def stage_work(rank: int, world: int) -> list[tuple[float, float, float, bool]]:
                 checkpoint_activations(model, use_reentrant=False)
             parallel = DistributedDataParallel(model, find_unused_parameters=False)
             for step in range(2):
-                batches = [tokens(2, 23, seed=2 * step + other) for other in range(world)]
-                output = parallel(batches[rank], labels=batches[rank])
-                output.loss.backward()
-                outputs = [alone(ids, labels=ids) for ids in batches]
-                (sum(o.loss for o in outputs) / world).backward()
-                pairs = [(p, model.get_parameter(name)) for name, p in alone.named_parameters() if p.requires_grad]
+                output, expected, pairs = step_beside(alone, parallel, rank, world, step)
                 assert all((p.grad is None) == (not p.requires_grad) for p in model.parameters())
                 worst = max(rms_ratio(a.grad, b.grad) for a, b in pairs)
                 before = torch.stack([gate.e_score_correction_bias.clone() for gate in routers(model)])
                 load = update_expert_bias(model, gamma=0.5, centre=True)
                 assert (load is None) == (stage == "warmup")
                 moved = not torch.equal(before, torch.stack([gate.e_score_correction_bias for gate in routers(model)]))
-                results.append((output.index_loss.item(), outputs[rank].index_loss.item(), worst, moved))
+                results.append((output.index_loss.item(), expected.index_loss.item(), worst, moved))
                 with torch.no_grad():
                     for a, b in pairs:
                         b -= 0.1 * a.grad
@@ -112,15 +119,10 @@ def mtp_work(rank: int, world: int) -> list[tuple[float, list, list]]:
                 checkpoint_activations(model, use_reentrant=False)
             parallel = DistributedDataParallel(model, find_unused_parameters=False)
             for step in range(2):
-                batches = [tokens(2, 23, seed=2 * step + other) for other in range(world)]
-                output = parallel(batches[rank], labels=batches[rank])
-                output.loss.backward()
-                outputs = [alone(ids, labels=ids) for ids in batches]
-                (sum(o.loss for o in outputs) / world).backward()
-                pairs = [(p, model.get_parameter(name)) for name, p in alone.named_parameters() if p.requires_grad]
+                output, expected, pairs = step_beside(alone, parallel, rank, world, step)
                 worst = max(rms_ratio(a.grad, b.grad) for a, b in pairs)
-                own, expected = (o.mtp_depth_losses for o in (output, outputs[rank]))
-                results.append((worst, *([] if x is None else x.tolist() for x in (own, expected))))
+                losses = (o.mtp_depth_losses for o in (output, expected))
+                results.append((worst, *([] if x is None else x.tolist() for x in losses)))
                 update_expert_bias(model, gamma=0.01)
                 with torch.no_grad():
                     alone.load_state_dict(model.state_dict())
