@@ -14,7 +14,7 @@ from modeling_nanodeepseek import (
 from modeling_nanodeepseek.checkpoints import CheckpointError
 from modeling_nanodeepseek.decoder import NanoDeepSeekDecoderLayer
 from modeling_nanodeepseek.mtp import further_targets
-from tests.conftest import SPARSE, assert_close, checkpoint_activations, tiny_model, tokens
+from tests.conftest import EARLIER_TRANSFORMERS, SPARSE, assert_close, checkpoint_activations, tiny_model, tokens
 
 # Dense attention, selected keys, the baseline; the expert-choosing bias is uneven in all (tiny_model).
 KINDS = {
@@ -434,6 +434,7 @@ def test_cached_tokens_do_not_teach():
 # -- transformers' own reader ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.skipif(EARLIER_TRANSFORMERS, reason="MtpModel has no forward_layer, one module at a time")
 @pytest.mark.parametrize("kind", ["mla", "dsa"])
 def test_transformers_reads_the_modules(kind, tmp_path):
     """MtpModel takes them from a saved checkpoint, and computes the same states."""
