@@ -19,6 +19,9 @@ from .configuration_nanodeepseek import NanoDeepSeekConfig
 from .layers import compute_dtype, once_differentiable
 
 DEFAULT_EXPERTS = "sorted_mm"
+# Up to how many choices (tokens by experts of each) single rows are multiplied one by one. Measured on a core: 0.5
+# times the time of sorted rows for 1 x 2 choices, 0.6 for 2 x 2, 0.8 for 4 x 4 and 8 x 4, 1.1 for 16 x 2.
+FEW_CHOICES = 24
 
 
 def _per_expert(counts: list[int], *rows: torch.Tensor):
@@ -124,15 +127,17 @@ def _grouped(hidden_Td, weights_TK, up_Exd, down_Edm, sorted_experts, tokens, sl
     return y_TKd.sum(1, dtype=torch.promote_types(y.dtype, torch.float32)).to(hidden_Td.dtype)
 
 
-def _one_token(hidden_1d, weights_1K, up_Exd, down_Edm, indices_1K, activate) -> torch.Tensor:
-    """The same for a single token, as in decoding: nothing to sort, gather or scatter, and few operations."""
-    chosen = [(e, w) for e, w in zip(indices_1K[0].tolist(), weights_1K[0].tolist()) if e < len(up_Exd)]
-    total_1d = torch.zeros_like(hidden_1d, dtype=torch.promote_types(hidden_1d.dtype, torch.float32))
+def _few_tokens(hidden_Td, weights_TK, up_Exd, down_Edm, indices_TK, activate) -> torch.Tensor:
+    """The same for a few tokens, as in decoding: nothing to sort, gather or scatter, and few operations."""
+    total_Td = torch.zeros_like(hidden_Td, dtype=torch.promote_types(hidden_Td.dtype, torch.float32))
+    rows, sums = hidden_Td.split(1), total_Td.split(1)
+    choices = zip(indices_TK.tolist(), weights_TK.tolist(), rows, sums)
+    chosen = [(e, w, x, y) for es, ws, x, y in choices for e, w in zip(es, ws) if e < len(up_Exd)]
     if chosen:
-        a = activate(torch.cat([torch.mm(hidden_1d, up_Exd[e].T) for e, _ in chosen]))
-        for a_1m, (e, w) in zip(a.split(1), chosen):
-            total_1d.add_(torch.mm(a_1m, down_Edm[e].T), alpha=w)
-    return total_1d.to(hidden_1d.dtype)
+        a = activate(torch.cat([torch.mm(x_1d, up_Exd[e].T) for e, _, x_1d, _ in chosen]))
+        for a_1m, (e, w, _, y_1d) in zip(a.split(1), chosen):
+            y_1d.add_(torch.mm(a_1m, down_Edm[e].T), alpha=w)
+    return total_Td.to(hidden_Td.dtype)
 
 
 def prefers_grouped(hidden_Td: torch.Tensor, up_Exd: torch.Tensor, down_Edm: torch.Tensor) -> bool:
@@ -154,8 +159,8 @@ def sorted_mm(module, hidden_states, top_k_index, top_k_weights) -> torch.Tensor
     with torch.autocast(hidden.device.type, enabled=False):
         if prefers_grouped(hidden, up, down):
             output = _grouped(*operands, *_sort(top_k_index), activate, drops=module._is_expert_parallel)
-        elif len(hidden) == 1 and not module.training and not torch.is_grad_enabled():
-            output = _one_token(*operands, top_k_index, activate)
+        elif top_k_index.numel() <= FEW_CHOICES and not module.training and not torch.is_grad_enabled():
+            output = _few_tokens(*operands, top_k_index, activate)
         else:
             sorted_experts, tokens, slots = _sort(top_k_index)
             counts = torch.bincount(sorted_experts, minlength=module.num_experts + 1).tolist()

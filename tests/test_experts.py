@@ -193,12 +193,16 @@ def test_frozen_experts(frozen):
 @torch.no_grad()
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("threshold", [0.0, 0.7])
-def test_one_token_at_a_time(gated, threshold):
-    """As in decoding, which sorts nothing."""
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_a_few_tokens_at_a_time(gated, threshold, tokens, monkeypatch):
+    """As in decoding and in the verification of drafts, which sort nothing."""
+    calls, inner = [], experts._few_tokens
+    monkeypatch.setattr(experts, "_few_tokens", lambda *a: calls.append(1) or inner(*a))
     moe, hidden = build("sorted_mm", torch.float32, gated, threshold)
     expected = by_the_definition(copy.deepcopy(moe).double(), hidden.double())
-    for t in range(T):
-        assert_close(expected[:, t : t + 1], moe.eval()(hidden[:, t : t + 1]), 1e-5, f"token {t}")
+    for t in range(0, T, tokens):
+        assert_close(expected[:, t : t + tokens], moe.eval()(hidden[:, t : t + tokens]), 1e-5, f"token {t}")
+    assert len(calls) == -(-T // tokens)
 
 
 class KernelGemm(torch.autograd.Function):
