@@ -1,32 +1,22 @@
-"""DeepSeek's layout of a checkpoint on disk, and ours in memory; what is checked before and after reading one.
+"""Checkpoints in DeepSeek's layout, read and written; what is checked before and after reading one.
 
-On disk every expert has its own 2-D tensors (`mlp.experts.{e}.gate_proj.weight` [m, d], `up_proj`, `down_proj`); in
-memory all experts of a layer are stacked in 3-D (`mlp.experts.gate_up_proj` [E, 2m, d], `down_proj` [E, d, m]).
-`from_pretrained` and `save_pretrained` translate by transformers' conversion mapping, registered here; everything else
-that loads weights (`load_state_dict`, a Trainer that resumes) by a hook on the experts module.
+Stacked experts: `from_pretrained` and `save_pretrained` translate by transformers' conversion mapping, registered here;
+everything else that loads weights (`load_state_dict`, a Trainer that resumes) by a hook on the experts (`stacking.py`).
 """
 
+import copy
 import json
 import os
-import weakref
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
-from transformers import PreTrainedModel
+from transformers import FineGrainedFP8Config, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
 from .configuration_nanodeepseek import NanoDeepSeekConfig
+from .fp8 import block_of, keep_fp8, layout_problems, weights_of
 from .saving import finish_saving, replacing
-
-Shapes = dict[str, tuple[int, ...]]
-
-
-class CheckpointError(OSError, RuntimeError):
-    """A checkpoint that is damaged, incomplete, or of another model. (transformers raises either parent for these.)"""
+from .stacking import CheckpointError, Shapes, absentees, listed, misfits
 
 
 def register_conversions():
@@ -37,99 +27,6 @@ def register_conversions():
     """
     mapping = get_checkpoint_conversion_mapping("deepseek_v3")
     register_checkpoint_conversion_mapping(NanoDeepSeekConfig.model_type, mapping, overwrite=True)
-
-
-def expert_keys(module: nn.Module, prefix: str) -> dict[str, list[list[str]]]:
-    """Each stacked parameter of an experts module -> per expert, the keys on disk that it is made of."""
-    return {
-        parameter: [[f"{prefix}{e}.{part}.weight" for part in parts] for e in range(module.num_experts)]
-        for parameter, parts in module.stacked_names.items()
-    }
-
-
-def misfits(module: nn.Module, prefix: str, shapes: Shapes) -> list[str]:
-    """Per-expert keys under `prefix` of a wrong shape, or of experts that the module does not have."""
-    problems = []
-    for parameter, experts in expert_keys(module, prefix).items():
-        _, rows, columns = getattr(module, parameter).shape
-        expected = (rows // len(experts[0]), columns)
-        problems += [
-            f"{name} is {list(shapes[name])}, not {list(expected)}"
-            for expert in experts
-            for name in expert
-            if shapes.get(name, expected) != expected
-        ]
-    numbers = {name.removeprefix(prefix).split(".")[0] for name in shapes if name.startswith(prefix)}
-    extra = sorted(int(number) for number in numbers if number.isdigit() and int(number) >= module.num_experts)
-    if extra:
-        problems.append(f"{prefix}{extra[0]} is there, and the model has {module.num_experts} experts")
-    return problems
-
-
-def absentees(module: nn.Module, prefix: str, present: Iterable[str]) -> list[str]:
-    """Per-expert keys that are not `present` although others of the same parameter are."""
-    present, absent = set(present), []
-    for experts in expert_keys(module, prefix).values():
-        names = [name for expert in experts for name in expert]
-        missing = [name for name in names if name not in present]
-        absent += missing if len(missing) < len(names) else []
-    return absent
-
-
-# Experts modules that were given a part of their experts: keys they have, keys they lack, the hook that stops them.
-_partial: "weakref.WeakKeyDictionary[nn.Module, tuple[set[str], list[str], Any]]" = weakref.WeakKeyDictionary()
-
-
-def awaited_experts(model: nn.Module) -> list[str]:
-    """Keys of experts that no `load_state_dict` has brought yet, in layers of which it has brought others."""
-    return [name for module in model.modules() if module in _partial for name in _partial[module][1]]
-
-
-def refuse_to_run(module: nn.Module, args):
-    """A forward pre-hook of experts that were loaded in part."""
-    absent = _partial[module][1] if module in _partial else []
-    if absent:
-        raise CheckpointError(
-            f"the checkpoint that was loaded lacks experts: {listed(f'{n} is missing' for n in absent)}"
-        )
-
-
-def stack_expert_keys(
-    module: nn.Module, state_dict: dict, prefix: str, metadata, strict, missing, unexpected, errors: list[str]
-):
-    """A load_state_dict pre-hook: replaces per-expert keys under `prefix` by the stacked parameters of `module`.
-
-    A stacked key that is already there is left alone. If all experts of a parameter are absent, load_state_dict
-    reports it as missing; if some are, these. With strict=False, as Trainer resumes, that is no error yet, since the
-    next shard may bring them; until it does the module refuses to run.
-    """
-    shapes = {name: tuple(tensor.shape) for name, tensor in state_dict.items() if name.startswith(prefix)}
-    if not shapes:
-        return
-    earlier, _, hook = _partial.pop(module, (set(), [], None))
-    if hook is not None:
-        hook.remove()
-    present = earlier | shapes.keys()
-    absent = absentees(module, prefix, present)
-    missing += absent  # torch tells hooks that it is strict, always
-    problems = misfits(module, prefix, shapes)
-    errors += problems
-    if problems:
-        return
-    for parameter, experts in expert_keys(module, prefix).items():
-        given = [name in shapes for expert in experts for name in expert]
-        if all(given):
-            stacked = torch.stack([torch.cat([state_dict.pop(name) for name in expert]) for expert in experts])
-            state_dict[prefix + parameter] = stacked
-        elif any(given):
-            stacked = getattr(module, parameter).detach().clone()
-            for expert, matrix in zip(experts, stacked):
-                for name, piece in zip(expert, matrix.chunk(len(expert))):
-                    if name in shapes:
-                        piece.copy_(state_dict.pop(name))
-            state_dict[prefix + parameter] = stacked
-    if absent:
-        _partial[module] = present, absent, module.register_forward_pre_hook(refuse_to_run)
 
 
 def tensor_shapes(file: str | os.PathLike) -> Shapes:
@@ -214,11 +111,6 @@ def check_config(folder: Path):
         )
 
 
-def listed(names: Iterable[str], most: int = 3) -> str:
-    names = list(names)
-    return "; ".join(names[:most]) + (f"; and {len(names) - most} more" if len(names) > most else "")
-
-
 class CheckpointMixin:
     """`from_pretrained` that refuses what it cannot read whole, `save_pretrained` that replaces the old version whole.
 
@@ -232,9 +124,19 @@ class CheckpointMixin:
         Raises: CheckpointError, before anything is built, for a local folder that is damaged, incomplete or of another
             kind of model; after reading, for weights that do not fit the config or lack a tensor. A checkpoint of the
             base model may lack the head. `ignore_mismatched_sizes=True` initialises what is missing or does not fit.
+
+        A checkpoint in FP8 blocks (DeepSeek's V3 and later) is dequantised on the way; with
+        `quantization_config=FineGrainedFP8Config()` the layers keep FP8, for inference (`fp8.py`).
         """
         if use_safetensors is False:
             raise ValueError("use_safetensors=False is not possible: weights are read from safetensors only")
+        if isinstance(kwargs.get("quantization_config"), FineGrainedFP8Config):
+            keeps = not kwargs.pop("quantization_config").dequantize
+            if isinstance(config, NanoDeepSeekConfig):
+                config = copy.deepcopy(config)
+                config.keeps_fp8 = keeps
+            else:
+                kwargs["keeps_fp8"] = keeps
         from_files = pretrained_model_name_or_path is not None and kwargs.get("gguf_file") is None
         if from_files and kwargs.get("state_dict") is None:
             use_safetensors = True
@@ -251,12 +153,15 @@ class CheckpointMixin:
 
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
+        files = checkpoint_files if state_dict is None else []
+        if state_dict is None:
+            state_dict = fp8_weights(model, files, load_config)
         # transformers logs a table and goes on, with fresh weights for those missing; here is the place to know better.
         loaded = PreTrainedModel._load_pretrained_model(
             model, state_dict, checkpoint_files, load_config, *args, **kwargs
         )
-        if state_dict is None and not load_config.is_quantized and not load_config.ignore_mismatched_sizes:
-            problems = loading_problems(model, loaded[0], checkpoint_files)
+        if files and not load_config.is_quantized and not load_config.ignore_mismatched_sizes:
+            problems = loading_problems(model, loaded[0], files)
             if problems:
                 raise CheckpointError(
                     f"the weights in {str(load_config.pretrained_model_name_or_path)!r} are not those of its config: "
@@ -264,16 +169,47 @@ class CheckpointMixin:
                     f"({way_out(model, problems)}ignore_mismatched_sizes=True initialises such weights anew)."
                 )
         model.freeze_for_stage()  # transformers makes new parameters of what it reads
+        if model.config.keeps_fp8:
+            model.requires_grad_(False)
         return loaded
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, *args, **kwargs):
         """As in transformers, all or nothing: killed or out of disk, the old version is still there (`saving.py`)."""
+        if self.config.keeps_fp8:
+            raise ValueError(
+                "A model that keeps FP8 weights is for inference, and is not saved: the folder it came from is its "
+                "saved form. Load it without quantization_config to save it, or export it."
+            )
         if not self.should_save_on_this_rank(is_main_process) or kwargs.get("distributed_checkpoint"):
             return super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
         if kwargs.get("push_to_hub"):
             kwargs.setdefault("repo_id", Path(save_directory).name)
         with replacing(save_directory) as stage:
             super().save_pretrained(stage, is_main_process, *args, **kwargs)
+
+
+def fp8_weights(model: PreTrainedModel, files: list[str], load_config) -> dict | None:
+    """The weights of a checkpoint in FP8 blocks, not read yet; None for any other.
+
+    Raises: CheckpointError where scales and weights do not belong together; ValueError for FP8 of another kind, or if
+        the caller wants to keep FP8 that is not there.
+    """
+    config, folder = model.config, str(load_config.pretrained_model_name_or_path)
+    if load_config.is_quantized or not all(str(file).endswith(".safetensors") for file in files):
+        return None
+    block = block_of(config.fp8_checkpoint) if config.fp8_checkpoint else None
+    if problems := layout_problems(files, block):
+        raise CheckpointError(f"the weights in {folder!r} are no FP8 blocks of one kind: {listed(problems)}")
+    if block is None:
+        if config.keeps_fp8:
+            raise ValueError(
+                f"{folder!r} holds no FP8 weights to keep, and quantizing on the way is not possible: load it without "
+                "FineGrainedFP8Config, and write an FP8 checkpoint of it (export)."
+            )
+        return None
+    if config.keeps_fp8:
+        keep_fp8(model, files, block)
+    return weights_of(files, block, model)
 
 
 def way_out(model: PreTrainedModel, problems: list[str]) -> str:

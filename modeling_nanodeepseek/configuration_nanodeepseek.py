@@ -278,6 +278,10 @@ class NanoDeepSeekConfig(PreTrainedConfig):
     bos_token_id: int | None = 0
     eos_token_id: int | list[int] | None = 1
 
+    # No fields. Of a checkpoint in FP8 blocks that is read: its quantization_config, and whether the blocks stay.
+    fp8_checkpoint = None
+    keeps_fp8 = False
+
     def __post_init__(self, **kwargs: Any):
         family = kwargs.pop("model_type", self.model_type)
         if family in FAMILY_DEFAULTS:
@@ -322,14 +326,26 @@ class NanoDeepSeekConfig(PreTrainedConfig):
         constructor would refuse it. One that resembles a field is a slip, and is refused here too.
         """
         values = cls._adopt_family(config_dict)
+        keeps_fp8 = kwargs.pop("keeps_fp8", False)
+        quantization = values.get("quantization_config")
+        fp8 = quantization if isinstance(quantization, dict) and quantization.get("quant_method") == "fp8" else None
+        if fp8 is not None:
+            # transformers would read such weights itself, and wrongly (`fp8.py`). "auto" would take the blocks' dtype.
+            values = {key: value for key, value in values.items() if key != "quantization_config"}
+            values["dtype"] = values.get("dtype") or values.pop("torch_dtype", None) or "bfloat16"
         ours = values.get("model_type", cls.model_type) == cls.model_type
         notes = {key: value for key, value in cls._unknown(values).items() if ours and not cls._field_like(key, 0.85)}
         read = super().from_dict({key: value for key, value in values.items() if key not in notes}, **kwargs)
         if notes:
             logger.warning(f"The config holds keys that NanoDeepSeekConfig keeps but does not use: {_names(notes)}.")
-            for key, value in notes.items():
-                setattr(read[0] if isinstance(read, tuple) else read, key, value)
+        config = read[0] if isinstance(read, tuple) else read
+        for key, value in (notes | {"fp8_checkpoint": fp8, "keeps_fp8": keeps_fp8}).items():
+            setattr(config, key, value)
         return read
+
+    def to_dict(self) -> dict[str, Any]:
+        """What a config.json holds: nothing about how the weights were stored that were read."""
+        return {key: value for key, value in super().to_dict().items() if key not in ("fp8_checkpoint", "keeps_fp8")}
 
     @classmethod
     def _adopt_family(cls, config_dict: dict[str, Any]) -> dict[str, Any]:

@@ -14,9 +14,9 @@ from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
 from transformers.integrations.moe import ExpertsInterface
 
-from .checkpoints import stack_expert_keys
 from .configuration_nanodeepseek import NanoDeepSeekConfig
 from .layers import compute_dtype, once_differentiable
+from .stacking import stack_expert_keys
 
 DEFAULT_EXPERTS = "sorted_mm"
 # Up to how many choices (tokens by experts of each) single rows are multiplied one by one. Measured on a core: 0.5
@@ -140,6 +140,16 @@ def _few_tokens(hidden_Td, weights_TK, up_Exd, down_Edm, indices_TK, activate) -
     return total_Td.to(hidden_Td.dtype)
 
 
+def run_experts(hidden_Td, weights_TK, up_Exd, down_Edm, indices_TK, activate, alone=True) -> torch.Tensor:
+    """The forward without gradients. Of `up` and `down` it takes only the matrices of chosen experts, up[e].
+
+    alone: a few tokens may take the road that rounds otherwise than a training step does.
+    """
+    if alone and indices_TK.numel() <= FEW_CHOICES:
+        return _few_tokens(hidden_Td, weights_TK, up_Exd, down_Edm, indices_TK, activate)
+    return _one_by_one(hidden_Td, weights_TK, up_Exd, down_Edm, *_by_expert(indices_TK, len(up_Exd)), activate)
+
+
 def prefers_grouped(hidden_Td: torch.Tensor, up_Exd: torch.Tensor, down_Edm: torch.Tensor) -> bool:
     """Whether grouped GEMMs run: on GPUs and under torch.compile, where the sizes meet their alignment
     of 16 bytes; they take no fp64."""
@@ -159,13 +169,10 @@ def sorted_mm(module, hidden_states, top_k_index, top_k_weights) -> torch.Tensor
     with torch.autocast(hidden.device.type, enabled=False):
         if prefers_grouped(hidden, up, down):
             output = _grouped(*operands, *_sort(top_k_index), activate, drops=module._is_expert_parallel)
-        elif top_k_index.numel() <= FEW_CHOICES and not module.training and not torch.is_grad_enabled():
-            output = _few_tokens(*operands, top_k_index, activate)
+        elif torch.is_grad_enabled():
+            output = _SortedExperts.apply(*operands, *_by_expert(top_k_index, module.num_experts), activate)
         else:
-            sorted_experts, tokens, slots = _sort(top_k_index)
-            counts = torch.bincount(sorted_experts, minlength=module.num_experts + 1).tolist()
-            run = _SortedExperts.apply if torch.is_grad_enabled() else _one_by_one
-            output = run(*operands, tokens, slots, counts, activate)
+            output = run_experts(*operands, top_k_index, activate, alone=not module.training)
     return output.to(hidden_states.dtype)
 
 
@@ -173,6 +180,12 @@ def _sort(indices_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.T
     """All T K choices sorted by expert: the experts, their tokens, and their places in [T K]."""
     sorted_experts, slots = indices_TK.flatten().sort(stable=True)
     return sorted_experts, slots // indices_TK.shape[1], slots
+
+
+def _by_expert(indices_TK: torch.Tensor, experts: int) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+    """Tokens and places of all choices sorted by expert, and how many each expert has; the last count is of none."""
+    sorted_experts, tokens, slots = _sort(indices_TK)
+    return tokens, slots, torch.bincount(sorted_experts, minlength=experts + 1).tolist()
 
 
 # Idempotent: the installed package and a copy loaded from the Hub may both run it.

@@ -16,7 +16,8 @@ from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, PreTraine
 
 from modeling_nanodeepseek import NanoDeepSeekForCausalLM
 from modeling_nanodeepseek.balancing import routers
-from modeling_nanodeepseek.checkpoints import awaited_experts, register_conversions
+from modeling_nanodeepseek.checkpoints import register_conversions
+from modeling_nanodeepseek.stacking import awaited_experts
 from tests.conftest import assert_close, tiny_config, tiny_model, tokens
 
 

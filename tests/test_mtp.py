@@ -11,9 +11,9 @@ from modeling_nanodeepseek import (
     NanoDeepSeekModel,
     update_expert_bias,
 )
-from modeling_nanodeepseek.checkpoints import CheckpointError
 from modeling_nanodeepseek.decoder import NanoDeepSeekDecoderLayer
 from modeling_nanodeepseek.mtp import further_targets
+from modeling_nanodeepseek.stacking import CheckpointError
 from tests.conftest import EARLIER_TRANSFORMERS, SPARSE, assert_close, checkpoint_activations, tiny_model, tokens
 
 # Dense attention, selected keys, the baseline; the expert-choosing bias is uneven in all (tiny_model).

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, modeling_utils
 
 from modeling_nanodeepseek import NanoDeepSeekForCausalLM
-from modeling_nanodeepseek.checkpoints import CheckpointError
 from modeling_nanodeepseek.saving import COMMITTED, STAGE, finish_saving, replacing
+from modeling_nanodeepseek.stacking import CheckpointError
 from tests.conftest import tiny_model
 from tests.killing import at_change, killed
 

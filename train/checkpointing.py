@@ -11,8 +11,9 @@ from safetensors import SafetensorError
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
-from modeling_nanodeepseek.checkpoints import CheckpointError, awaited_experts, expert_keys, listed, weight_files
+from modeling_nanodeepseek.checkpoints import weight_files
 from modeling_nanodeepseek.saving import SaveError, is_writing_error, reason, replacing, sync, sync_folder
+from modeling_nanodeepseek.stacking import CheckpointError, awaited_experts, expert_keys, listed
 
 STATE = "trainer_state.json"
 STAGE = "_saving"  # transformers uploads no folder that starts with an underscore
