@@ -296,6 +296,12 @@ class NanoDeepSeekConfig(PreTrainedConfig):
             raise ValueError("mlp_bias=True is not supported: DeepSeek's feed-forward layers have no bias; use False.")
         if self.rope_parameters is not None:
             self.rope_parameters = dict(self.rope_parameters)
+            # transformers keeps the old name beside the new one in what it read from a published file and saves.
+            kind = self.rope_parameters.pop("type", None)
+            if kind is not None and self.rope_parameters.setdefault("rope_type", kind) != kind:
+                raise ValueError(
+                    f"rope_parameters has type={kind!r} and rope_type={self.rope_parameters['rope_type']!r}."
+                )
         if kwargs.get("rope_scaling") is not None:
             scaling = dict(kwargs["rope_scaling"])
             scaling.setdefault("rope_type", scaling.pop("type", "default"))

@@ -39,6 +39,7 @@ REFUSED = [
     ({"adaptive_expert_threshold": 1.0}, ["adaptive_expert_threshold=1.0", "[0, 1)"]),
     ({"router_noise": -0.1}, ["router_noise=-0.1", "at least 0"]),
     ({"seq_aux": False}, ["seq_aux=False", "sequence-wise"]),
+    ({"rope_parameters": {"rope_type": "default", "type": "yarn"}}, ["type='yarn'", "rope_type='default'"]),
     ({"rope_parameters": {"rope_type": "longrope", "factor": 2.0}}, ["rope_type='longrope'", "'yarn'"]),
     ({"rope_parameters": {"rope_type": "dynamic"}}, ["rope_parameters lacks 'factor'"]),
     (
