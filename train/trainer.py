@@ -14,6 +14,7 @@ from modeling_nanodeepseek.mtp import further_targets
 
 from .accounting import training_flops_per_token
 from .checkpointing import AtomicCheckpoints
+from .faults import check_finite
 from .hardware import matmul_peak
 from .optimizers import build_optimizer
 from .recipe import MtpSection, Recipe, ScheduleSection
@@ -171,6 +172,12 @@ class NanoDeepSeekTrainer(AtomicCheckpoints, Trainer):
                 if outputs.get(term) is not None:
                     self._terms.setdefault(term, []).append(outputs[term].detach())
         return (loss, outputs) if return_outputs else loss
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.accelerator.sync_gradients:  # on all ranks then, before what is not finite reaches a weight
+            check_finite(model, self._prepare_inputs(inputs), loss, self.state.global_step + 1)
+        return loss
 
     def log(self, logs: dict[str, float], *args, **kwargs):
         if "loss" in logs and self._steps:

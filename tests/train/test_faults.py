@@ -1,0 +1,61 @@
+"""A loss or a gradient that is no number ends the run, with the step and the module, before it reaches a weight."""
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from tests.train.test_trainer import build
+from train.faults import NonFiniteError, first_non_finite, non_finite_gradients
+
+
+class Poison(TrainerCallback):
+    """Spoils something before a step."""
+
+    def __init__(self, step: int, spoil):
+        self.step, self.spoil = step, spoil
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step == self.step - 1:
+            self.spoil(model)
+
+
+def run(recipe, step, spoil):
+    trainer = build(recipe)
+    trainer.add_callback(Poison(step, spoil))
+    trainer.train()
+
+
+def test_a_loss_that_is_nan(tiny_recipe):
+    def spoil(model):
+        model.model.layers[1].mlp.experts.down_proj.data.fill_(float("nan"))
+
+    message = r"step 3: the loss is nan, first in the output of model\.layers\.1\.mlp\.experts \(GatedExperts\)"
+    with pytest.raises(NonFiniteError, match=message):
+        run(tiny_recipe(trainer={"report_to": []}), 3, spoil)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_gradient_that_is_infinite(accumulation, tiny_recipe):
+    """The loss is a number; the weights are still those of the step before."""
+    kept = {}
+
+    def spoil(model):
+        kept.update({name: parameter.detach().clone() for name, parameter in model.named_parameters()})
+        kept["model"] = model
+        model.model.norm.weight.register_hook(lambda grad: grad * float("inf"))
+
+    message = r"step 2: the loss is \d+\.\d+, and gradients are not finite: model\.norm\.weight\."
+    with pytest.raises(NonFiniteError, match=message):
+        run(tiny_recipe(trainer={"report_to": [], "gradient_accumulation_steps": accumulation}), 2, spoil)
+    model = kept.pop("model")
+    assert all(torch.equal(kept[name], parameter) for name, parameter in model.named_parameters())
+
+
+def test_what_is_finite_passes(tiny_recipe):
+    trainer = build(tiny_recipe(trainer={"report_to": []}))
+    trainer.train()
+    assert trainer.state.global_step == 6
+    batch = next(iter(trainer.get_train_dataloader()))
+    hooks = [len(module._forward_hooks) for module in trainer.model.modules()]  # transformers' own
+    assert non_finite_gradients(trainer.model) == [] and first_non_finite(trainer.model, batch) is None
+    assert hooks == [len(module._forward_hooks) for module in trainer.model.modules()]
