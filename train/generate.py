@@ -48,7 +48,8 @@ class Writer:
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"--device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
         self.tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
-        self.model = AutoModelForCausalLM.from_pretrained(model, dtype="auto").to(place).eval()
+        self.model = AutoModelForCausalLM.from_pretrained(model, dtype="auto", trust_remote_code=False)  # nor ask
+        self.model.to(place).eval()
         self.settings = settings
 
     def encode(self, texts: list[str], add_special_tokens: bool = True):

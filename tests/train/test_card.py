@@ -113,7 +113,7 @@ def test_what_users_write_stays_text(tiny_recipe):
     assert "model-index" not in values  # no figure is better than one that is none
     assert ModelCard(str(card)).text == card.text  # what was written is what is read
     headings = [line for line in card.text.splitlines() if line.startswith("#")]
-    assert len(headings) == 7 and "<" not in headings[0] and "\\[x\\]\\(http" in headings[0]
+    assert len(headings) == 8 and "<" not in headings[0] and "\\[x\\]\\(http" in headings[0]
     name = next(line for line in card.text.splitlines() if line.startswith("name = "))
     assert eval(name.removeprefix("name = "), {"__builtins__": {}}) == HOSTILE
     assert "\\|" in rows(card)["source"] and "``" in rows(card)["source"]
