@@ -350,6 +350,7 @@ def test_pushed_and_loaded_without_the_package(hub, tmp_path):
     pull = f"""
     told = torch.load(here / "expected.pt")
     refusal(lambda: AutoModelForCausalLM.from_pretrained("someone/pushed"), "trust_remote_code=True")
+    assert len(AutoTokenizer.from_pretrained("someone/pushed")) == {len(tokenizer)}  # needs none of the code
     assert "transformers_modules" not in sys.modules
     model = AutoModelForCausalLM.from_pretrained("someone/pushed", trust_remote_code=True)
     same(model, told["logits"], input_ids=told["ids"])
@@ -358,7 +359,7 @@ def test_pushed_and_loaded_without_the_package(hub, tmp_path):
     model.save_pretrained(here / "again")
     fixed = AutoModelForCausalLM.from_pretrained("someone/pushed", trust_remote_code=True, revision={first!r})
     same(fixed, told["logits"], input_ids=told["ids"])
-    assert len(AutoTokenizer.from_pretrained("someone/pushed")) == {len(tokenizer)}
+    assert len(AutoTokenizer.from_pretrained("someone/pushed", trust_remote_code=True)) == {len(tokenizer)}
 
     def load(name, **arguments):
         return lambda: AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True, **arguments)
