@@ -7,14 +7,17 @@ everything else that loads weights (`load_state_dict`, a Trainer that resumes) b
 import copy
 import json
 import os
+import shutil
 from pathlib import Path
 
+from huggingface_hub import file_exists
 from safetensors import SafetensorError, safe_open
 from transformers import FineGrainedFP8Config, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
 from .configuration_nanodeepseek import NanoDeepSeekConfig
 from .fp8 import block_of, keep_fp8, layout_problems, weights_of
+from .remote_code import save_code
 from .saving import finish_saving, replacing
 from .stacking import CheckpointError, Shapes, absentees, listed, misfits
 
@@ -153,7 +156,10 @@ class CheckpointMixin:
 
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
-        files = checkpoint_files if state_dict is None else []
+        files = (checkpoint_files or []) if state_dict is None else []
+        for file in files:  # downloaded ones have not been looked at yet
+            if Path(file).suffix == ".safetensors":
+                tensor_shapes(file)
         if state_dict is None:
             state_dict = fp8_weights(model, files, load_config)
         # transformers logs a table and goes on, with fresh weights for those missing; here is the place to know better.
@@ -174,7 +180,11 @@ class CheckpointMixin:
         return loaded
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, *args, **kwargs):
-        """As in transformers, all or nothing: killed or out of disk, the old version is still there (`saving.py`)."""
+        """As in transformers, and with the code (`remote_code.py`), but for an adapter's own files.
+
+        Pushed, by `push_to_hub` too, a repository without a model card gets the one beside the weights that were
+        loaded. All or nothing: killed or out of disk, the old version is still there (`saving.py`).
+        """
         if self.config.keeps_fp8:
             raise ValueError(
                 "A model that keeps FP8 weights is for inference, and is not saved: the folder it came from is its "
@@ -185,7 +195,25 @@ class CheckpointMixin:
         if kwargs.get("push_to_hub"):
             kwargs.setdefault("repo_id", Path(save_directory).name)
         with replacing(save_directory) as stage:
+            if not getattr(self, "_hf_peft_config_loaded", False):
+                save_code(stage, self.config)
             super().save_pretrained(stage, is_main_process, *args, **kwargs)
+
+    def _get_files_timestamps(self, working_dir) -> dict[str, float]:
+        return {}  # transformers uploads what is newer than these: all of a stage, the code too
+
+    def _upload_modified_files(self, working_dir, repo_id: str, *args, token=None, **kwargs):
+        # Of a repository without a model card transformers makes a form to fill in; a run has written a card.
+        card = Path(self.name_or_path, "README.md")
+        if card.is_file() and not file_exists(repo_id, "README.md", token=token):
+            shutil.copyfile(card, Path(working_dir, "README.md"))
+        return super()._upload_modified_files(working_dir, repo_id, *args, token=token, **kwargs)
+
+    @classmethod
+    def is_remote_code(cls) -> bool:
+        """Whether this very class was registered for an Auto class. FSDP makes subclasses in a module of torch's, and
+        transformers would save that module as the model's code."""
+        return super().is_remote_code() and "_auto_class" in vars(cls)
 
 
 def fp8_weights(model: PreTrainedModel, files: list[str], load_config) -> dict | None:

@@ -27,6 +27,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention import GroupedQueryAttention, MultiHeadLatentAttention
+from .balancing import ExpertLoad, update_expert_bias
 from .cache import Fp8LatentCache, LatentCache, check_offloading
 from .checkpoints import CheckpointMixin, register_conversions
 from .checks import check_drafting, check_indices, check_inputs, check_length, check_whole_text
@@ -159,6 +160,10 @@ class NanoDeepSeekPreTrainedModel(SparseStages, CheckpointMixin, PreTrainedModel
         if not self.config.has_indexer:  # transformers wants no names there of modules that are not
             self._keep_in_fp32_modules_strict.discard("indexer.weights_proj")
         self.freeze_for_stage()
+
+    def update_expert_bias(self, gamma: float = 1e-3, centre: bool = False) -> ExpertLoad | None:
+        """`balancing.update_expert_bias`, for whoever has the model and not the package."""
+        return update_expert_bias(self, gamma, centre)
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         return super().get_correct_experts_implementation(requested_experts or DEFAULT_EXPERTS)

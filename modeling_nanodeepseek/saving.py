@@ -81,7 +81,8 @@ def finish_saving(folder: str | os.PathLike) -> list[str]:
     heads = sorted(name for name, kind in kinds.items() if kind and (kind["index"] or "-of-" not in name))
     for name in heads:
         remove_superseded(folder, saved / name)
-    for name in (*sorted(kinds.keys() - set(heads)), *heads):
+    rest = sorted(kinds.keys() - set(heads), key=lambda name: (name == "config.json", name))  # after the code it names
+    for name in (*rest, *heads):
         move(saved / name, folder / name)
     sync_folder(folder)
     with suppress(OSError):  # another process may be at it too: only an empty folder goes

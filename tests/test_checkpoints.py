@@ -17,6 +17,7 @@ from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, PreTraine
 from modeling_nanodeepseek import NanoDeepSeekForCausalLM
 from modeling_nanodeepseek.balancing import routers
 from modeling_nanodeepseek.checkpoints import register_conversions
+from modeling_nanodeepseek.remote_code import code_files
 from modeling_nanodeepseek.stacking import awaited_experts
 from tests.conftest import assert_close, tiny_config, tiny_model, tokens
 
@@ -160,8 +161,9 @@ def test_a_round_trip_changes_no_bit(dtype, tied, form, tmp_path):
     model.save_pretrained(tmp_path / "a", **form)
     names = {path.name for path in (tmp_path / "a").iterdir()}
     assert ("model.safetensors.index.json" in names) == bool(form)
-    assert {name for name in names if "index" not in name and "-of-" not in name} == {
-        "config.json", "generation_config.json", *([] if form else ["model.safetensors"])
+    assert {name for name in names if "safetensors.index" not in name and "-of-" not in name} == {
+        "config.json", "generation_config.json", *([] if form else ["model.safetensors"]),
+        *(path.name for path in code_files()),
     }  # fmt: skip
     expected = model(tokens()).logits
     for road, settings in LOADS.items():
@@ -531,13 +533,13 @@ def test_missing_weights_on_request(whole, tmp_path):
     assert stored.keys() - changed - same == {f"{LAYER}.self_attn.o_proj.weight"}
 
 
-def test_nothing_but_safetensors_is_written(tmp_path):
+def test_nothing_but_safetensors_and_code_is_written(tmp_path):
     model = tiny_model()
     model.save_pretrained(tmp_path / "a")
     model.save_pretrained(tmp_path / "b", max_shard_size="20KB")
     model.model.save_pretrained(tmp_path / "c")
     kinds = {path.suffix for path in tmp_path.rglob("*") if path.is_file()}
-    assert kinds == {".json", ".safetensors"}
+    assert kinds == {".json", ".safetensors", ".py"}
 
 
 @pytest.mark.parametrize("name", ["model.layers.0.self_attn.o_proj.bias", "model.layers.1.mlp.gate.weight_scale_inv"])

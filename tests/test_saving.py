@@ -11,7 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, modeling_utils
 
-from modeling_nanodeepseek import NanoDeepSeekForCausalLM
+from modeling_nanodeepseek import NanoDeepSeekForCausalLM, remote_code
+from modeling_nanodeepseek.remote_code import code_files
 from modeling_nanodeepseek.saving import COMMITTED, STAGE, finish_saving, replacing
 from modeling_nanodeepseek.stacking import CheckpointError
 from tests.conftest import tiny_model
@@ -48,11 +49,17 @@ def load_twice(folder):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("new_form", [ONE, SHARDS], ids=["to-one", "to-shards"])
 @pytest.mark.parametrize("old_form", [ONE, SHARDS], ids=["one", "shards"])
-def test_killed_at_every_change_of_the_disk(old_form, new_form, tmp_path):
-    """Another config, the same shapes, so that a mixture of both versions would load without an error."""
+def test_killed_at_every_change_of_the_disk(old_form, new_form, tmp_path, monkeypatch):
+    """Another config, other code, the same shapes: a mixture of both versions would load without an error."""
     old, new = tiny_model(seed=1), tiny_model(seed=2, rms_norm_eps=1e-3)
     kept, folder = tmp_path / "kept", tmp_path / "model"
+    code = [tmp_path / "attention.py", tmp_path / "modeling_nanodeepseek.py"]  # two files for all: each is a kill more
+    monkeypatch.setattr(remote_code, "code_files", lambda: code)
+    for file in code:
+        file.write_text("old")
     old.save_pretrained(kept, **old_form)
+    for file in code:
+        file.write_text("new")
     (kept / "notes.txt").write_text("mine")
     seen, versions = [], [as_others_read(kept)]
     new.save_pretrained(folder, **new_form)
@@ -64,10 +71,14 @@ def test_killed_at_every_change_of_the_disk(old_form, new_form, tmp_path):
             break
         found = as_others_read(folder)
         assert found is None or any(all(torch.equal(found[n], v[n]) for n in v) for v in versions), step
+        is_new_config = json.loads((folder / "config.json").read_text())["rms_norm_eps"] == 1e-3
+        found_code = {(folder / file.name).read_text() for file in code}
+        assert not is_new_config or found_code == {"new"}, step  # the code is there before the config that names it
         loaded = load_twice(folder)
         is_new = equal(loaded, new)
         assert is_new or equal(loaded, old), step
         assert loaded.config.rms_norm_eps == (1e-3 if is_new else 1e-6), step
+        assert {(folder / file.name).read_text() for file in code} == {"new" if is_new else "old"}, step
         seen.append(is_new)
         assert (folder / "notes.txt").read_text() == "mine"
     assert len(seen) > 8 and seen == sorted(seen) and set(seen) == {False, True}  # once there, the new version stays
@@ -110,7 +121,7 @@ def test_an_old_single_file_does_not_outlive_new_shards(tmp_path):
     new.save_pretrained(tmp_path)
     assert equal(NanoDeepSeekForCausalLM.from_pretrained(tmp_path), new)
     expected = {"model.safetensors", "model.fp16.safetensors", "config.json", "generation_config.json"}
-    assert set(os.listdir(tmp_path)) == expected
+    assert set(os.listdir(tmp_path)) == expected | {path.name for path in code_files()}
 
 
 FULL = {
@@ -200,5 +211,6 @@ def test_push_to_hub_uploads_the_same_files(tmp_path, monkeypatch):
     monkeypatch.setattr(model, "_upload_modified_files", upload, raising=False)
     model.save_pretrained(tmp_path / "my_model", push_to_hub=True)
     assert pushed["repo"] == "my_model"
-    assert pushed["files"] == {"config.json", "generation_config.json", "model.safetensors", "README.md"}
+    expected = {"config.json", "generation_config.json", "model.safetensors", "README.md"}
+    assert pushed["files"] == expected | {path.name for path in code_files()}
     assert pushed["files"] == set(os.listdir(tmp_path / "my_model"))

@@ -80,7 +80,8 @@ def check_resumable(checkpoint: Path):
         ) from error
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{str(state)!r} is damaged: {error}") from error
-    if not weight_files(checkpoint) and not any(checkpoint.glob("*model*")):  # of adapters and FSDP, by other names
+    others = [path for path in checkpoint.glob("*model*") if path.suffix != ".py"]  # of adapters and FSDP
+    if not weight_files(checkpoint) and not others:
         raise CheckpointError(f"{str(checkpoint)!r} has no weights")
     if not any(path.name.startswith(("optimizer", "global_step")) for path in checkpoint.iterdir()):
         raise CheckpointError(

@@ -47,8 +47,9 @@ class Writer:
             place = torch.zeros(1, device=device or ("cuda" if torch.cuda.is_available() else "cpu")).device
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"--device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
-        self.tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
-        self.model = AutoModelForCausalLM.from_pretrained(model, dtype="auto").to(place).eval()
+        self.tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left", trust_remote_code=False)
+        self.model = AutoModelForCausalLM.from_pretrained(model, dtype="auto", trust_remote_code=False)  # nor ask
+        self.model.to(place).eval()
         self.settings = settings
 
     def encode(self, texts: list[str], add_special_tokens: bool = True):

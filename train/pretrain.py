@@ -1,7 +1,8 @@
 """Pretraining: `accelerate launch -m train.pretrain --config configuration/recipes/quickstart.yaml [field=value ...]`.
 
-Reads the text, trains a tokenizer if none is given, packs, trains, evaluates, saves model, tokenizer and a picture of
-the losses into `output_dir`, and lets the model speak.
+Reads the text, trains a tokenizer if none is given, packs, trains, evaluates, saves model, tokenizer, model card and a
+picture of the losses into `output_dir`, and lets the model speak. `trainer.push_to_hub=true trainer.hub_model_id=...`
+uploads that folder.
 """
 
 import json
@@ -180,17 +181,20 @@ def run(recipe: Recipe) -> dict[str, float]:
         print(describe(trainer), flush=True)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     metrics = trainer.evaluate()
-    trainer.save_model()
+    trainer.save_model(_internal_call=True)  # the other kind uploads at once, and there is more to upload
     metrics["seconds"] = round(time.perf_counter() - begin, 1)
     if trainer.is_world_process_zero():
         finish(recipe, trainer, metrics)
+    if args.push_to_hub:
+        trainer.push_to_hub()
     trainer.accelerator.wait_for_everyone()
     return metrics
 
 
 def finish(recipe: Recipe, trainer: NanoDeepSeekTrainer, metrics: dict[str, float]):
-    """Writes the history, the metrics and the picture, and lets the saved model speak."""
+    """Writes the history, the metrics, the picture and the model card, and lets the saved model speak."""
     output = Path(recipe.output_dir)
+    trainer.create_model_card()
     with replacing(output) as stage:
         trainer.state.save_to_json(str(stage / STATE))
         (stage / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")

@@ -139,6 +139,22 @@ class MtpSection(Section):
     detach_trunk: bool = False  # the loss reaches the modules alone
 
 
+class CardSection(Section):
+    """What the model card (README.md) says beyond what the run knows: identifiers as the Hub has them."""
+
+    title: str | None = Field(default=None, min_length=1)  # default: the name of output_dir
+    license: str = Field(default="apache-2.0", pattern=r"^[a-z0-9][a-z0-9.-]*$")  # of the weights
+    license_name: str | None = None  # of a license that is "other"
+    license_link: str | None = None
+    language: list[Annotated[str, Field(pattern=r"^([a-z]{2,3}|code|multilingual)$")]] | None = None  # ISO 639
+
+    @model_validator(mode="after")
+    def other_licenses_have_names(self):
+        if (self.license == "other") != (self.license_name is not None):
+            raise ValueError("license_name goes with license: other, and must then be given")
+        return self
+
+
 class Recipe(Section):
     output_dir: str
     model: ModelSection
@@ -149,6 +165,7 @@ class Recipe(Section):
     balance: BalanceSection = Field(default_factory=BalanceSection)
     mtp: MtpSection | None = None  # for a model with num_nextn_predict_layers; default: its config's mtp_loss_coef
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the hardware multiplies it natively
+    card: CardSection = Field(default_factory=CardSection)
     threads: int | None = Field(default=None, ge=1)  # CPU threads; default: this process's share of the cores
     prompt: str | None = None  # text to continue when the run has ended
     trainer: dict[str, Any] = Field(default_factory=dict)  # fields of transformers.TrainingArguments

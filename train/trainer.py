@@ -1,8 +1,10 @@
 """The Trainer: transformers' own, with this project's optimizer, schedule, exact evaluation and log."""
 
 import math
+import shutil
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch.nn import functional as F
@@ -11,8 +13,10 @@ from transformers.trainer_callback import ExportableState, ProgressCallback
 
 from modeling_nanodeepseek import LoadBalancingCallback
 from modeling_nanodeepseek.mtp import further_targets
+from modeling_nanodeepseek.saving import replacing
 
 from .accounting import training_flops_per_token
+from .card import model_card
 from .checkpointing import AtomicCheckpoints
 from .faults import check_finite
 from .hardware import matmul_peak
@@ -266,3 +270,16 @@ class NanoDeepSeekTrainer(AtomicCheckpoints, Trainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def create_model_card(self, *args, **kwargs):
+        """Writes README.md into the output folder (`card.py`); transformers' own draft is not used."""
+        if self.is_world_process_zero():
+            with replacing(self.args.output_dir) as stage:
+                model_card(self).save(stage / "README.md")
+
+    def _push_from_checkpoint(self, checkpoint_folder: str):
+        # transformers moves config and weights up to what it uploads, and not the code that config.json names.
+        if self.is_world_process_zero():
+            for file in Path(checkpoint_folder).glob("*.py"):
+                shutil.copyfile(file, Path(self.args.output_dir, file.name))
+        super()._push_from_checkpoint(checkpoint_folder)

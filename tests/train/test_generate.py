@@ -145,14 +145,20 @@ DAMAGES = {
     "half a config": ("config.json", lambda text: text[:80], "not a valid JSON file"),
     "another architecture": (
         "config.json",
-        lambda text: text.replace(b"nanodeepseek", b"nothing_known"),
+        lambda text: text.replace(b"nanodeepseek", b"nothing_known").replace(b"auto_map", b"auto_nap"),
         "nothing_known",
+    ),
+    "another's code": (
+        "config.json",
+        lambda text: text.replace(b"nanodeepseek", b"nothing_known"),
+        "contains custom code",  # and nobody is asked, on a terminal neither
     ),
 }
 
 
 @pytest.mark.parametrize("case", DAMAGES)
-def test_a_damaged_checkpoint_is_named(case, checkpoint, tmp_path):
+def test_a_damaged_checkpoint_is_named(case, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *a: pytest.fail("asked"))
     name, damage, words = DAMAGES[case]
     folder = tmp_path / "model"
     shutil.copytree(checkpoint, folder)
