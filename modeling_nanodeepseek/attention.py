@@ -270,9 +270,12 @@ class MultiHeadLatentAttention(nn.Module):
         """W_kv_b [H (n+v), c] as it acts, also where an adapter (LoRA) or a quantised layer replaces the Linear, or its
         weight is elsewhere until it is called (offloaded); of this rank's heads, where heads are spread over several.
         """
-        if type(self.kv_b_proj) is nn.Linear and self.kv_b_proj.weight.device == like.device:
-            weight = self.kv_b_proj.weight
-            return weight.to_local() if isinstance(weight, DTensor) else weight
+        weight = getattr(self.kv_b_proj, "weight", None)
+        held = type(self.kv_b_proj) is nn.Linear and weight.device == like.device
+        if held and isinstance(weight, DTensor):
+            return weight.to_local()
+        if held and not hasattr(weight, "__tensor_flatten__"):  # torchao keeps the Linear and wraps its weight
+            return weight
         return self.kv_b_proj(torch.eye(self.c, dtype=like.dtype, device=like.device)).mT
 
 

@@ -12,8 +12,8 @@ from tests.conftest import SPARSE, assert_close, tiny_model, tokens
 SHAPES = [(2, 31), (3, 17), (1, 90)]
 ONE_LAYER = {"num_hidden_layers": 1, "first_k_dense_replace": 0}
 KINDS = {
-    "mla, experts": {},
-    "gqa": {"attention_type": "gqa", "num_attention_heads": 4, "num_key_value_heads": 2},
+    "mla, experts": ONE_LAYER,
+    "gqa": {"attention_type": "gqa", "num_attention_heads": 4, "num_key_value_heads": 2} | ONE_LAYER,
     "dsa, gathered": SPARSE | {"sparse_form": "gathered"} | ONE_LAYER,
     "dsa, masked": SPARSE | {"sparse_form": "masked"} | ONE_LAYER,
 }
