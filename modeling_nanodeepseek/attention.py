@@ -60,8 +60,11 @@ def sum_gradient(x: torch.Tensor, weight: DTensor) -> torch.Tensor:
 
 
 def backend_of(config: NanoDeepSeekConfig) -> str:
-    """The attention backend's name; a layer built without a model has been given none."""
-    return config._attn_implementation or "eager"
+    """The attention backend's name; a layer built without a model has been given none.
+
+    Continuous batching has names of its own for some, which write and read its cache and are else the same.
+    """
+    return (config._attn_implementation or "eager").removeprefix("paged|")
 
 
 def prefers_expanded(T: int, S: int, n: int, v: int, c: int) -> bool:
@@ -147,7 +150,8 @@ class MultiHeadLatentAttention(nn.Module):
 
     def attend_latents(self, q_nope_BHTn, q_rope_BHTr, latent_B1Sl, attention_mask, **kwargs):
         """Attention to all keys in the form that `expands` chooses: [B, T, H, v], weights as the backend gives them."""
-        expands = self.expands(q_nope_BHTn.shape[2], latent_B1Sl.shape[2])
+        # Continuous batching's cache is written and read by the backend: in the form that attends to the latents.
+        expands = "cache" not in kwargs and self.expands(q_nope_BHTn.shape[2], latent_B1Sl.shape[2])
         attend = self.attend_expanded if expands else self.attend_absorbed
         return attend(q_nope_BHTn, q_rope_BHTr, latent_B1Sl, attention_mask, **kwargs)
 
@@ -253,7 +257,7 @@ class MultiHeadLatentAttention(nn.Module):
         output_Bx1l, weights_B1xS = self.attend(
             query_BHTl.reshape(B, 1, H * T, -1), key_B1Sl, value_B1Sl, attention_mask, is_causal=False, **kwargs
         )
-        weights_BHTS = None if weights_B1xS is None else weights_B1xS.reshape(B, H, T, S)
+        weights_BHTS = None if weights_B1xS is None else weights_B1xS.reshape(B, H, T, -1)
         return output_Bx1l.reshape(B, H, T, -1).transpose(1, 2), weights_BHTS
 
     def attend(self, query, key, value, attention_mask, **kwargs):
@@ -266,9 +270,12 @@ class MultiHeadLatentAttention(nn.Module):
         """W_kv_b [H (n+v), c] as it acts, also where an adapter (LoRA) or a quantised layer replaces the Linear, or its
         weight is elsewhere until it is called (offloaded); of this rank's heads, where heads are spread over several.
         """
-        if type(self.kv_b_proj) is nn.Linear and self.kv_b_proj.weight.device == like.device:
-            weight = self.kv_b_proj.weight
-            return weight.to_local() if isinstance(weight, DTensor) else weight
+        weight = getattr(self.kv_b_proj, "weight", None)
+        held = type(self.kv_b_proj) is nn.Linear and weight.device == like.device
+        if held and isinstance(weight, DTensor):
+            return weight.to_local()
+        if held and not hasattr(weight, "__tensor_flatten__"):  # torchao keeps the Linear and wraps its weight
+            return weight
         return self.kv_b_proj(torch.eye(self.c, dtype=like.dtype, device=like.device)).mT
 
 

@@ -32,6 +32,7 @@ from .cache import Fp8LatentCache, LatentCache, check_offloading
 from .checkpoints import CheckpointMixin, register_conversions
 from .checks import check_drafting, check_indices, check_inputs, check_length, check_whole_text
 from .configuration_nanodeepseek import NanoDeepSeekConfig
+from .continuous import start_continuous_batching
 from .decoder import NanoDeepSeekDecoderLayer
 from .experts import DEFAULT_EXPERTS, GatedExperts, PlainExperts
 from .indexer import IndexerObjective, IndexerRecall, KeySelector
@@ -246,7 +247,8 @@ class NanoDeepSeekModel(NanoDeepSeekPreTrainedModel):
         if inputs_embeds is None:
             self._check_token_ids(input_ids)
             inputs_embeds = self.embed_tokens(input_ids)
-        check_inputs(self.config, inputs_embeds, attention_mask, position_ids, past_key_values)
+        own_mask = None if "cache" in kwargs else attention_mask  # continuous batching's covers keys in its own cache
+        check_inputs(self.config, inputs_embeds, own_mask, position_ids, past_key_values)
         check_indices(self.config, inputs_embeds, past_key_values, index_topk_indices)
         if output_mtp_hidden_states:
             check_whole_text(past_key_values, "multi-token prediction")
@@ -593,11 +595,10 @@ class NanoDeepSeekForCausalLM(NanoDeepSeekPreTrainedModel, GenerationMixin):
         self.draft_report = drafter.report
         return drafter
 
-    def generate_batch(self, *args, **kwargs):
-        """Raises: ValueError. transformers' continuous batching writes keys and values of equal widths, no latents."""
-        raise ValueError(
-            "Continuous batching (cache_implementation='paged') is not possible: its cache holds no latents."
-        )
+    def init_continuous_batching(self, *args, **kwargs):
+        """As in transformers, under `generate_batch` and `transformers serve --continuous-batching`; see
+        `continuous.py` for what is refused."""
+        return start_continuous_batching(self, *args, **kwargs)
 
     def _prepare_generated_length(self, generation_config, input_ids_length, inputs_tensor, **kwargs):
         """Refuses a prompt beyond max_position_embeddings, and ends what would run beyond it there: an error in the

@@ -790,11 +790,6 @@ def test_an_assistant_with_fewer_positions_is_refused_at_the_start():
     assert torch.equal(expected, model.generate(tokens(1, 12), assistant_model=assistant, max_length=17, **settings))
 
 
-def test_continuous_batching_is_refused():
-    with pytest.raises(ValueError, match="[Cc]ontinuous batching"):
-        tiny_model().generate(tokens(1, 9), cache_implementation="paged", max_new_tokens=4, pad_token_id=0)
-
-
 def test_a_compiled_model_under_autocast():
     model, ids = tiny_model(), tokens(1, 9)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
