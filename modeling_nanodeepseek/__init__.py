@@ -11,6 +11,7 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
+from .adapters import lora_targets
 from .balancing import ExpertLoad, LoadBalancingCallback, update_expert_bias
 from .cache import Fp8LatentCache, LatentCache
 from .configuration_nanodeepseek import NanoDeepSeekConfig
@@ -22,6 +23,7 @@ from .modeling_nanodeepseek import (
     NanoDeepSeekModel,
     NanoDeepSeekPreTrainedModel,
 )
+from .trainers import ModelLoss
 
 __version__ = "0.1.0"
 
@@ -36,6 +38,7 @@ __all__ = [
     "Fp8LatentCache",
     "LatentCache",
     "LoadBalancingCallback",
+    "ModelLoss",
     "NanoDeepSeekCausalLMOutput",
     "NanoDeepSeekConfig",
     "NanoDeepSeekForCausalLM",
@@ -43,5 +46,6 @@ __all__ = [
     "NanoDeepSeekForTokenClassification",
     "NanoDeepSeekModel",
     "NanoDeepSeekPreTrainedModel",
+    "lora_targets",
     "update_expert_bias",
 ]

@@ -166,6 +166,8 @@ class CheckpointMixin:
         loaded = PreTrainedModel._load_pretrained_model(
             model, state_dict, checkpoint_files, load_config, *args, **kwargs
         )
+        if model._hf_peft_config_loaded:  # an adapter's, for a model that is there: it has none of the model's weights
+            return loaded
         if files and not load_config.is_quantized and not load_config.ignore_mismatched_sizes:
             problems = loading_problems(model, loaded[0], files)
             if problems:

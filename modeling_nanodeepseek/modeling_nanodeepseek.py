@@ -50,6 +50,11 @@ REENTRANT = (
     "The {} has no gradient under reentrant gradient checkpointing; enable it with "
     "gradient_checkpointing_kwargs={{'use_reentrant': False}}, or set {}."
 )
+LOST = (
+    "In training the model is called without labels, so these are not in the loss: {}. NanoDeepSeekForCausalLM adds "
+    "them where it is given labels. With TRL's SFTTrainer put `modeling_nanodeepseek.ModelLoss` in front of it; where "
+    "they are not wanted, set their factors in the config to 0."
+)
 
 
 @dataclass
@@ -197,6 +202,7 @@ class NanoDeepSeekModel(NanoDeepSeekPreTrainedModel):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.rms_norm_weight)
         self.rotary_emb = RotaryEmbedding(config)
         self.gradient_checkpointing = False
+        self.head_adds_losses = False  # whether this is part of a model that adds losses to the cross-entropy
         self.post_init()
 
     def post_init(self):
@@ -222,6 +228,7 @@ class NanoDeepSeekModel(NanoDeepSeekPreTrainedModel):
         use_cache: bool | None = None,
         index_topk_indices: tuple[torch.Tensor, ...] | None = None,
         output_mtp_hidden_states: bool = False,
+        adds_losses: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> NanoDeepSeekModelOutput:
         r"""
@@ -237,6 +244,8 @@ class NanoDeepSeekModel(NanoDeepSeekPreTrainedModel):
                 (a key of the future is not refused), and none twice.
             output_mtp_hidden_states: run multi-token prediction's modules too, on the whole text without a cache. They
                 choose keys by their own indexers, in a replay too; what is recorded of them follows the layers'.
+            adds_losses: the caller adds the losses beyond cross-entropy to its own. Where a model with a head has such
+                losses and nobody adds them in training, a warning says so, once.
 
         Raises: ValueError for both or neither of ids and embeddings, for an id outside the vocabulary (on a CPU; an
             accelerator would have to wait for the answer), and for a mask, positions or a cache that do not belong
@@ -252,6 +261,8 @@ class NanoDeepSeekModel(NanoDeepSeekPreTrainedModel):
         check_indices(self.config, inputs_embeds, past_key_values, index_topk_indices)
         if output_mtp_hidden_states:
             check_whole_text(past_key_values, "multi-token prediction")
+        if self.head_adds_losses and not adds_losses:
+            self._warn_of_lost_losses()
         if position_ids is None:
             past = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past)[None]
@@ -287,6 +298,30 @@ class NanoDeepSeekModel(NanoDeepSeekPreTrainedModel):
     def predictors(self) -> list[MultiTokenPredictor]:
         """Multi-token prediction's modules."""
         return [layer for layer in self.layers if isinstance(layer, MultiTokenPredictor)]
+
+    def further_losses(self) -> dict[str, str]:
+        """The losses beyond cross-entropy that something here learns from, in this stage: name in the output -> field
+        of the config that weighs it."""
+        config, trained = self.config, [name for name, p in self.named_parameters() if p.requires_grad]
+        routed = any(config.is_moe_layer(layer) for layer in range(config.num_hidden_layers))
+        predictors = tuple(f"layers.{layer}." for layer in range(config.num_hidden_layers, len(self.layers)))
+        learns = {
+            "balance_loss": ("aux_loss_alpha", routed and config.dsa_stage != "warmup"),
+            "index_loss": ("index_loss_coef", config.dsa_stage != "dense" and any(".indexer." in n for n in trained)),
+            "mtp_loss": (
+                "mtp_loss_coef",
+                config.dsa_stage != "warmup" and any(n.startswith(predictors) for n in trained),
+            ),
+        }
+        return {loss: field for loss, (field, some) in learns.items() if some and getattr(config, field) > 0}
+
+    def _warn_of_lost_losses(self):
+        """Says once which losses a trainer loses in training that calls this, or asks for logits, and makes its own."""
+        if not self.training or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return
+        lost = [f"{loss} ({field}={getattr(self.config, field)})" for loss, field in self.further_losses().items()]
+        if lost:
+            logger.warning_once(LOST.format(", ".join(lost)))
 
     def _predict_all_further(self, hidden_states, inputs_embeds, index_topk_indices=None, **kwargs):
         """h^1 .. h^D of a whole text. Behind its end tokens wrap around: those positions have no targets, and no
@@ -335,6 +370,7 @@ class NanoDeepSeekForCausalLM(NanoDeepSeekPreTrainedModel, GenerationMixin):
     def __init__(self, config: NanoDeepSeekConfig):
         super().__init__(config)
         self.model = NanoDeepSeekModel(config)
+        self.model.head_adds_losses = True
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.draft_report: DraftReport | None = None  # of the latest generate(use_mtp=True)
@@ -378,12 +414,11 @@ class NanoDeepSeekForCausalLM(NanoDeepSeekPreTrainedModel, GenerationMixin):
         check_length(self.config, inputs_embeds if input_ids is None else input_ids, position_ids, past_key_values)
         return_dict = self.config.return_dict if return_dict is None else return_dict
         skip_logits = self.training and return_dict if skip_logits is None else skip_logits
-        balanced = self._wants_balance_loss(labels)
+        wanted = self.model.further_losses() if self.training and labels is not None else {}
+        balanced, indexed, further = "balance_loss" in wanted, "index_loss" in wanted, self._wants_mtp(labels)
         shows_routing = kwargs.get("output_router_logits", self.config.output_router_logits)
         if balanced:
             kwargs["output_router_logits"] = True
-        indexed = self._wants_index_loss(labels)
-        further = self._wants_mtp(labels)
         shows_further = kwargs.pop("output_mtp_hidden_states", False)
         if indexed:
             check_whole_text(past_key_values, "the indexer's loss")
@@ -396,6 +431,7 @@ class NanoDeepSeekForCausalLM(NanoDeepSeekPreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_mtp_hidden_states=further or shows_further,
+            adds_losses=labels is not None,
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
@@ -442,16 +478,6 @@ class NanoDeepSeekForCausalLM(NanoDeepSeekPreTrainedModel, GenerationMixin):
         possible = is_plain_linear(self.lm_head) and self.loss_function is ForCausalLMLoss
         return wanted and whole and possible and not torch.compiler.is_compiling()
 
-    def _wants_balance_loss(self, labels: torch.Tensor | None) -> bool:
-        config = self.config
-        experts = any(config.is_moe_layer(layer) for layer in range(config.num_hidden_layers))
-        learns = self.training and config.dsa_stage != "warmup"
-        return learns and labels is not None and experts and config.aux_loss_alpha > 0
-
-    def _wants_index_loss(self, labels: torch.Tensor | None) -> bool:
-        learns = self.config.has_indexer and self.config.dsa_stage != "dense" and self.config.index_loss_coef > 0
-        return self.training and learns and labels is not None
-
     def _wants_mtp(self, labels: torch.Tensor | None) -> bool:
         """While its modules learn, or (in the warm-up) their indexers; so none of their parameters goes unused."""
         if not self.training or labels is None:  # asked for every token that is decoded
@@ -468,8 +494,7 @@ class NanoDeepSeekForCausalLM(NanoDeepSeekPreTrainedModel, GenerationMixin):
         return router_logits[: sum(self.config.is_moe_layer(i) for i in range(self.config.num_hidden_layers))]
 
     def _index_loss(self, losses: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        trained = any(p.requires_grad for name, p in self.named_parameters() if ".indexer." in name)
-        if torch.is_grad_enabled() and trained and not any(loss.requires_grad for loss in losses):
+        if torch.is_grad_enabled() and not any(loss.requires_grad for loss in losses):
             raise ValueError(REENTRANT.format("indexer's loss", "index_loss_coef=0"))
         return sum(losses)
 

@@ -46,9 +46,9 @@ def load_documents(source: str | list[str] | dict[str, Any], text_field: str = "
             raise ValueError("data source: the list is empty")
         return concatenate_datasets(parts)
     if isinstance(source, dict):
-        documents = _by_name(source, text_field)
+        documents = _rows(rows_by_name(source), text_field, str(source["dataset"]))
     elif source == "stdlib":
-        documents = Dataset.from_list(list(_standard_library()))
+        documents = Dataset.from_list(list(standard_library()))
     else:
         documents = _from_path(Path(source).expanduser(), text_field)
     documents = documents.filter(lambda text: [bool(t and t.strip()) for t in text], input_columns="text", batched=True)
@@ -57,7 +57,8 @@ def load_documents(source: str | list[str] | dict[str, Any], text_field: str = "
     return documents
 
 
-def _standard_library() -> Iterator[dict[str, str]]:
+def standard_library() -> Iterator[dict[str, str]]:
+    """Name and text of its modules."""
     root = Path(sysconfig.get_path("stdlib"))
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root)
@@ -91,16 +92,21 @@ def _from_path(path: Path, text_field: str) -> Dataset:
 def _from_file(path: Path, text_field: str, name: str) -> Dataset:
     if path.suffix.lower() not in ROW_FORMATS:
         return Dataset.from_list([{"name": name, "text": _read(path)}])
+    return _rows(rows_of_file(path), text_field, name)
+
+
+def rows_of_file(path: Path) -> Dataset:
+    """A file of one of `ROW_FORMATS`. Raises: ValueError, naming it, if it is empty or cannot be read."""
     if path.stat().st_size == 0:
         raise ValueError(f"data source {str(path)!r} is empty")
     try:
-        rows = load_dataset(ROW_FORMATS[path.suffix.lower()], data_files=str(path), split="train")
+        return load_dataset(ROW_FORMATS[path.suffix.lower()], data_files=str(path), split="train")
     except Exception as error:  # whatever the parser raises, the user needs the file's name
         raise ValueError(f"data source {str(path)!r} cannot be read as {path.suffix}: {error}") from error
-    return _rows(rows, text_field, name)
 
 
-def _by_name(source: dict[str, Any], text_field: str) -> Dataset:
+def rows_by_name(source: dict[str, Any]) -> Dataset:
+    """`{dataset: name, ...}` by `datasets.load_dataset`. Raises: ValueError, naming it, if that is not possible."""
     if "dataset" not in source:
         raise ValueError(f"data source {source!r} needs a key 'dataset', the name for datasets.load_dataset")
     arguments = {key: value for key, value in source.items() if key != "dataset"}
@@ -108,10 +114,9 @@ def _by_name(source: dict[str, Any], text_field: str) -> Dataset:
     if arguments.get("streaming"):
         raise ValueError(f"data source {source!r}: streaming is not supported; leave it out")
     try:
-        rows = load_dataset(source["dataset"], **arguments)
+        return load_dataset(source["dataset"], **arguments)
     except Exception as error:  # a missing name, a closed network, a wrong argument: `datasets` has an error for each
         raise ValueError(f"data source {source!r} cannot be loaded: {type(error).__name__}: {error}") from error
-    return _rows(rows, text_field, str(source["dataset"]))
 
 
 def _rows(rows: Dataset, text_field: str, name: str) -> Dataset:

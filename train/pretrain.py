@@ -8,6 +8,7 @@ uploads that folder.
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -30,7 +31,8 @@ from .tokenizer import train_tokenizer
 from .trainer import NanoDeepSeekTrainer
 
 
-def training_arguments(recipe: Recipe) -> TrainingArguments:
+def training_arguments(recipe: Recipe, kind: type[TrainingArguments] = TrainingArguments, **more) -> TrainingArguments:
+    """The recipe's settings for a Trainer; `more` are defaults of another kind of it."""
     if Path(recipe.output_dir).exists() and not Path(recipe.output_dir).is_dir():
         raise ValueError(f"output_dir {recipe.output_dir!r} is a file; a folder is needed")
     on_cpu = recipe.trainer.get("use_cpu", False) or not torch.accelerator.is_available()
@@ -38,7 +40,7 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and multiplies_bf16(device))
     settings = {"report_to": ["tensorboard"], "remove_unused_columns": False, "label_names": ["labels"]}
     settings |= {"bf16": bf16, "use_cpu": on_cpu}  # bf16 on a CPU must be asked for by name
-    return TrainingArguments(output_dir=recipe.output_dir, **settings | recipe.trainer)
+    return kind(output_dir=recipe.output_dir, **settings | more | recipe.trainer)
 
 
 def load_data(recipe: Recipe):
@@ -171,28 +173,34 @@ def describe(trainer: NanoDeepSeekTrainer) -> str:
     )
 
 
-def run(recipe: Recipe) -> dict[str, float]:
-    """Runs a recipe; returns the final metrics."""
+def run(recipe: Recipe, build: Callable | None = None, after: Callable | None = None) -> dict[str, float]:
+    """Runs a recipe; returns the final metrics.
+
+    Args:
+        build: makes the trainer of a recipe; default `build_trainer`.
+        after: what the main process does with recipe and trainer when all is saved; default `speak`.
+    """
     begin = time.perf_counter()
     use_threads(recipe.threads)
-    args = training_arguments(recipe)
-    trainer = build_trainer(recipe, args)
+    trainer = build(recipe) if build else build_trainer(recipe, training_arguments(recipe))
     if trainer.is_world_process_zero():
         print(describe(trainer), flush=True)
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     metrics = trainer.evaluate()
     trainer.save_model(_internal_call=True)  # the other kind uploads at once, and there is more to upload
     metrics["seconds"] = round(time.perf_counter() - begin, 1)
     if trainer.is_world_process_zero():
         finish(recipe, trainer, metrics)
-    if args.push_to_hub:
+        (after or speak)(recipe, trainer)
+        print(json.dumps(metrics))
+    if trainer.args.push_to_hub:
         trainer.push_to_hub()
     trainer.accelerator.wait_for_everyone()
     return metrics
 
 
 def finish(recipe: Recipe, trainer: NanoDeepSeekTrainer, metrics: dict[str, float]):
-    """Writes the history, the metrics, the picture and the model card, and lets the saved model speak."""
+    """Writes the history, the metrics, the picture and the model card."""
     output = Path(recipe.output_dir)
     trainer.create_model_card()
     with replacing(output) as stage:
@@ -200,15 +208,22 @@ def finish(recipe: Recipe, trainer: NanoDeepSeekTrainer, metrics: dict[str, floa
         (stage / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
         picture = plot_losses(trainer.state.log_history, stage / "loss.png", title=output.name)
     print(f"saved: {output} (losses: {output / picture.name})")
+
+
+def speak(recipe: Recipe, trainer: NanoDeepSeekTrainer):
+    """Prints the saved model's continuation of the recipe's prompt."""
     if recipe.prompt:
-        speak = pipeline("text-generation", model=str(output), device=trainer.args.device)
-        print(speak(recipe.prompt, max_new_tokens=96, do_sample=False)[0]["generated_text"])
-    print(json.dumps(metrics))
+        write = pipeline("text-generation", model=recipe.output_dir, device=trainer.args.device)
+        print(write(recipe.prompt, max_new_tokens=96, do_sample=False)[0]["generated_text"])
 
 
 def main(argv: list[str] | None = None):
+    launch(run, recipe_from_command_line(__doc__.splitlines()[0], argv))
+
+
+def launch(run: Callable[[Recipe], dict[str, float]], recipe: Recipe):
+    """Runs a recipe as a program does: a problem of the user's ends it with one message."""
     keep_memory()
-    recipe = recipe_from_command_line(__doc__.splitlines()[0], argv)
     try:
         run(recipe)
     except (ValueError, OSError, StrictDataclassError) as error:

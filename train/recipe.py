@@ -89,6 +89,30 @@ class DataSection(Section):
     workers: int = Field(default=1, ge=1)
 
 
+class ChatSection(Section):
+    """`source`: `docstrings`, a .jsonl, .json or .parquet file of conversations, a folder of these, a list, or
+    `{dataset: name, ...}` for `datasets.load_dataset`."""
+
+    source: str | list[str] | dict[str, Any]
+    validation: str | list[str] | dict[str, Any] | None = None  # default: held out of the source
+    validation_share: float = Field(default=0.04, gt=0, lt=1)  # of the conversations
+    messages_field: str = "messages"  # the column; of each row a list of {role, content}
+    sequence_length: int = Field(ge=2)  # longer conversations are cut
+    packing: bool = True  # several conversations in a row, apart from each other; else one
+    workers: int = Field(default=1, ge=1)
+
+
+class LoraSection(Section):
+    """Low-rank adapters beside frozen weights; without this section all weights are trained."""
+
+    rank: int = Field(default=8, ge=1)
+    alpha: float = Field(default=16.0, gt=0)  # the factors' product counts alpha / rank
+    dropout: float = Field(default=0.0, ge=0, lt=1)  # not for routed experts
+    targets: list[Literal["attention", "mlp", "shared_experts", "experts"]] | None = None  # default: all there are
+    mtp: bool | None = None  # modules of multi-token prediction too; default: where they learn
+    merge: bool = False  # also save the model with the adapter merged, in `merged/`
+
+
 class OptimizerSection(Section):
     """`muon`: Muon for hidden matrices, AdamW for the rest; `adamw`: AdamW for all (then `matrix_lr` is its rate)."""
 
@@ -212,14 +236,45 @@ class Recipe(Section):
         return value
 
 
+class FinetuneRecipe(Recipe):
+    """A recipe for `train.finetune`: a checkpoint and conversations."""
+
+    data: ChatSection
+    lora: LoraSection | None = None
+    engine: Literal["trainer", "trl"] = "trainer"  # transformers' Trainer, or TRL's SFTTrainer: the same losses
+    balance: BalanceSection = Field(default_factory=lambda: BalanceSection(gamma=0.0))
+
+    @model_validator(mode="after")
+    def starts_from_a_checkpoint(self):
+        if self.model.checkpoint is None:
+            raise ValueError("fine-tuning needs model.checkpoint, the folder of a trained model")
+        return self
+
+    @model_validator(mode="after")
+    def suits_an_adapter(self):
+        if self.lora is None:
+            return self
+        if self.optimizer.name != "adamw":
+            raise ValueError("lora needs optimizer.name=adamw: Muon is for whole matrices, not for the factors of one")
+        if self.balance.gamma:
+            raise ValueError(
+                f"balance.gamma={self.balance.gamma:g} is not possible with lora: the routers' biases are the model's, "
+                "and an adapter does not hold them. Leave it out, or set it to 0"
+            )
+        return self
+
+
 def resolve(path: str) -> Path:
     """A path as given if it exists, else relative to the repository, so that recipes work from any folder."""
     given = Path(path).expanduser()
     return given if given.exists() or given.is_absolute() else REPOSITORY / path
 
 
-def load_recipe(path: str, overrides: list[str] = ()) -> Recipe:
-    """Reads a recipe and applies `dotted.field=value` overrides. Raises ValueError with every problem, one per line."""
+def load_recipe(path: str, overrides: list[str] = (), kind: type[Recipe] = Recipe) -> Recipe:
+    """Reads a recipe of this kind and applies `dotted.field=value` overrides.
+
+    Raises: ValueError with every problem, one per line.
+    """
     file = resolve(path)
     if not file.is_file():
         raise ValueError(f"recipe {path!r} does not exist")
@@ -232,7 +287,7 @@ def load_recipe(path: str, overrides: list[str] = ()) -> Recipe:
     for override in overrides:
         _set(values, override)
     try:
-        return Recipe.model_validate(values)
+        return kind.model_validate(values)
     except ValidationError as error:
         lines = [
             f"  {'.'.join(map(str, e['loc'])) or 'recipe'}: {e['msg']} (given {e['input']!r})" for e in error.errors()
@@ -263,13 +318,13 @@ def _number(value: Any) -> Any:
         return value
 
 
-def recipe_from_command_line(description: str, argv: list[str] | None = None) -> Recipe:
+def recipe_from_command_line(description: str, argv: list[str] | None = None, kind: type[Recipe] = Recipe) -> Recipe:
     """`--config recipe.yaml [field=value ...]`; problems end the program with one message."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--config", required=True, help="a recipe, e.g. configuration/recipes/quickstart.yaml")
     parser.add_argument("overrides", nargs="*", metavar="field=value", help="e.g. optimizer.matrix_lr=0.01")
     args, rest = parser.parse_known_args(argv)
     try:
-        return load_recipe(args.config, [*args.overrides, *rest])
+        return load_recipe(args.config, [*args.overrides, *rest], kind)
     except ValueError as error:
         parser.error(str(error))

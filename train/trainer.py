@@ -28,7 +28,7 @@ def lr_factor(progress: float, schedule: ScheduleSection) -> float:
     """The learning-rate factor at `progress` in 0..1: linear warm-up to 1, constant, linear decay to `final`."""
     if progress < schedule.warmup:
         return progress / schedule.warmup
-    if progress <= 1 - schedule.decay:
+    if progress <= 1 - schedule.decay or not schedule.decay:
         return 1.0
     left = max(0.0, 1 - progress) / schedule.decay
     return schedule.final + (1 - schedule.final) * left

@@ -2,7 +2,7 @@
 
 import pytest
 
-from train.recipe import REPOSITORY, load_recipe
+from train.recipe import REPOSITORY, FinetuneRecipe, Recipe, load_recipe
 
 GOOD = """
 output_dir: out
@@ -21,9 +21,11 @@ def recipe_file(tmp_path):
 
 def test_shipped_recipes_load():
     recipes = sorted((REPOSITORY / "configuration" / "recipes").glob("*.yaml"))
-    assert {"quickstart", "dsa_dense", "dsa_warmup", "dsa_sparse"} <= {recipe.stem for recipe in recipes}
+    assert {"quickstart", "dsa_dense", "dsa_warmup", "dsa_sparse", "finetune", "finetune_lora"} <= {
+        recipe.stem for recipe in recipes
+    }
     for recipe in recipes:
-        load_recipe(str(recipe))
+        load_recipe(str(recipe), kind=FinetuneRecipe if recipe.stem.startswith("finetune") else Recipe)
 
 
 def test_overrides_of_any_field(recipe_file):

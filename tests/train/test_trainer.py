@@ -24,6 +24,7 @@ def test_schedule():
     for progress, factor in points.items():
         assert lr_factor(progress, schedule) == pytest.approx(factor), progress
     assert lr_factor(1.0, ScheduleSection(warmup=0, decay=0)) == 1.0
+    assert lr_factor(1.2, ScheduleSection(warmup=0, decay=0)) == 1.0  # a scheduler looks one step beyond the end
 
 
 def test_clock_ends_the_run_and_survives_a_resume():
