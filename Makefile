@@ -1,12 +1,17 @@
 # Two commands: `make quickstart` and `make test`. Each makes .venv itself; both are safe to run twice.
-# Beside them: `make conformance` (transformers' own model tests, which it downloads), `make lint`, `make format`.
+# Beside them: `make conformance` (transformers' own model tests, which it downloads), `make versions` (the suite on the
+# oldest and the newest torch and transformers that are supported), `make lint`, `make format`.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-TORCH := 2.13.0
+TORCH := ==2.13.0
+# More for pip, as make versions uses it.
+PINS :=
+# The lowest version that setup.cfg allows.
+floor = $(shell sed -n 's/^ *$(1)>=//p' setup.cfg)
 
-.PHONY: quickstart test conformance lint format install clean
+.PHONY: quickstart test conformance versions lint format install clean
 
 quickstart: install
 	$(BIN)/accelerate launch --config_file configuration/accelerate/single.yaml \
@@ -17,6 +22,10 @@ test: install
 
 conformance: install
 	$(BIN)/python -m tests.conformance.report -n 2
+
+versions:
+	$(MAKE) test VENV=.venv-oldest TORCH="==$(call floor,torch)" PINS="transformers==$(call floor,transformers)"
+	$(MAKE) test VENV=.venv-newest TORCH= PINS=--upgrade
 
 lint: install
 	$(BIN)/ruff check .
@@ -29,20 +38,21 @@ format: install
 install: $(VENV)/installed
 
 # Without an NVIDIA GPU the CPU build of torch: from pip's own sources if they have it, else through uv, which knows
-# where PyTorch keeps its builds. With a GPU, the build pip finds.
+# where PyTorch keeps its builds. With a GPU, or where there is no such build, the one pip finds.
 $(VENV)/installed: setup.cfg Makefile
 	$(PYTHON) -m venv $(VENV)
 	@if $(BIN)/python -c "import torch" 2>/dev/null; then \
 		echo "torch is installed"; \
 	elif nvidia-smi >/dev/null 2>&1; then \
-		$(BIN)/pip install "torch==$(TORCH)"; \
+		$(BIN)/pip install "torch$(TORCH)"; \
 	else \
-		$(BIN)/pip install "torch==$(TORCH)+cpu" || { \
+		$(BIN)/pip install "torch$(TORCH)+cpu" || { \
 			$(BIN)/pip install uv && \
-			$(BIN)/uv pip install --python $(BIN)/python --torch-backend cpu "torch==$(TORCH)"; }; \
+			$(BIN)/uv pip install --python $(BIN)/python --torch-backend cpu "torch$(TORCH)"; } || \
+			$(BIN)/pip install "torch$(TORCH)"; \
 	fi
-	$(BIN)/pip install --editable ".[test]"
+	$(BIN)/pip install $(PINS) --editable ".[test]"
 	@touch $@
 
 clean:
-	rm -rf $(VENV) runs build dist *.egg-info
+	rm -rf .venv .venv-oldest .venv-newest runs build dist *.egg-info
