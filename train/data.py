@@ -172,9 +172,9 @@ def pack(documents: Dataset, tokenizer: PreTrainedTokenizerBase, sequence_length
     r"""Tokenises documents and packs them into rows of exactly `sequence_length` tokens.
 
     Each document is `<bos> text <eos>`. Where a row ends inside a document, the next row starts with the last token
-    again, so that every token but `<bos>` is predicted exactly once. Columns `input_ids` and `position_ids`, [L] each;
-    a position of 0 starts a document or its continuation. The last row of each 1000 documents is filled up with
-    padding tokens, each a document of its own at position 0, that nothing is learned from.
+    again, so that every token but `<bos>` is predicted exactly once. Columns `input_ids`, `position_ids` and
+    `attention_mask`, [L] each; a position of 0 starts a document or its continuation. The last row of each 1000
+    documents is filled up with padding tokens at position 0, 0 in the mask, that nothing is learned from.
 
     Raises: ValueError if all documents together are shorter than one row.
     """
@@ -190,12 +190,14 @@ def pack(documents: Dataset, tokenizer: PreTrainedTokenizerBase, sequence_length
                 positions += range(min(room, len(tokens)))
                 tokens = tokens[room - 1 :] if room > 1 else tokens
         filling = -len(ids) % sequence_length
-        ids, positions = ids + [pad] * filling, positions + [0] * filling
-        starts = range(0, len(ids), sequence_length)
-        return {
-            "input_ids": [ids[i : i + sequence_length] for i in starts],
-            "position_ids": [positions[i : i + sequence_length] for i in starts],
+        mask = [1] * len(ids) + [0] * filling
+        columns = {
+            "input_ids": ids + [pad] * filling,
+            "position_ids": positions + [0] * filling,
+            "attention_mask": mask,
         }
+        starts = range(0, len(mask), sequence_length)
+        return {name: [column[i : i + sequence_length] for i in starts] for name, column in columns.items()}
 
     rows = documents.map(
         pack_batch,
@@ -214,8 +216,11 @@ def pack(documents: Dataset, tokenizer: PreTrainedTokenizerBase, sequence_length
 
 
 def collate(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Rows -> a batch of `input_ids`, `position_ids`, `labels`, each [B, L]; -100 where a document starts."""
-    input_ids = torch.stack([row["input_ids"] for row in rows])
-    position_ids = torch.stack([row["position_ids"] for row in rows])
-    labels = input_ids.masked_fill(position_ids == 0, -100)
-    return {"input_ids": input_ids, "position_ids": position_ids, "labels": labels}
+    """Rows -> a batch of `input_ids`, `position_ids`, `labels`, [B, L]; -100 where a document starts. With padding,
+    `attention_mask` too: unmasked, it would count as experts' load, and its gradients (of the balance loss) would grow
+    from norm to norm, because the state of a padding token is 0: by 1 / sqrt(eps) each, up to infinity in deep models.
+    """
+    columns = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+    mask = columns.pop("attention_mask")
+    columns["labels"] = columns["input_ids"].masked_fill(columns["position_ids"] == 0, -100)
+    return columns if mask.all() else columns | {"attention_mask": mask}

@@ -7,7 +7,8 @@ import pytest
 import torch
 from datasets import Dataset, load_dataset
 
-from tests.small_run import small_tokenizer
+from modeling_nanodeepseek import NanoDeepSeekConfig, NanoDeepSeekForCausalLM, update_expert_bias
+from tests.small_run import TINY_MODEL, small_tokenizer
 from train.data import collate, hold_out, load_documents, pack
 
 
@@ -129,13 +130,38 @@ def test_packing_predicts_every_token_exactly_once(length):
     assert (positions[starts] == 0).all()
 
 
-def test_padding_is_its_own_document():
+def test_padding_is_masked():
     tokenizer = small_tokenizer()
     rows = pack(documents("hello there"), tokenizer, 8)
     last = rows[len(rows) - 1]
     padding = last["input_ids"] == tokenizer.pad_token_id
     assert padding.any() and (last["position_ids"][padding] == 0).all()
-    assert (collate([last])["labels"][0][padding] == -100).all()
+    batch = collate([rows[0], last])
+    assert (batch["labels"][1][padding] == -100).all()
+    assert torch.equal(batch["attention_mask"][1], (~padding).long()) and batch["attention_mask"][0].all()
+    assert "attention_mask" not in collate([rows[0]])  # which forwards without padding do without
+
+
+def test_nothing_is_learned_from_padding():
+    """Its state is 0, where each norm multiplies a gradient by 1000: in 20 layers to infinity."""
+    tokenizer = small_tokenizer()
+    rows = pack(documents(*["hello there, you"] * 3), tokenizer, 30)
+    sizes = {**TINY_MODEL, "num_hidden_layers": 20, "first_k_dense_replace": 1, "aux_loss_alpha": 0.1}
+    torch.manual_seed(0)
+    model = NanoDeepSeekForCausalLM(NanoDeepSeekConfig(**sizes, pad_token_id=tokenizer.pad_token_id)).train()
+    last = rows[len(rows) - 1]
+    batch, length = collate([last]), int(last["attention_mask"].sum())
+    assert length < 25
+    grads, loads = [], []
+    for part in (batch, {name: column[:, :length] for name, column in batch.items() if name != "attention_mask"}):
+        model.zero_grad()
+        model(**part).loss.backward()
+        grads.append([parameter.grad.clone() for parameter in model.parameters()])
+        loads.append(update_expert_bias(model, gamma=0.0).metrics())
+    for (name, _), padded, alone in zip(model.named_parameters(), *grads):
+        assert alone.any() and padded.isfinite().all(), name
+        torch.testing.assert_close(padded, alone, rtol=1e-3, atol=1e-6)
+    assert loads[0] == loads[1]
 
 
 def test_a_corpus_shorter_than_a_sequence_is_refused():
