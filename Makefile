@@ -25,6 +25,7 @@ conformance: install
 
 versions:
 	$(MAKE) test VENV=.venv-oldest TORCH="==$(call floor,torch)" PINS="transformers==$(call floor,transformers)"
+	rm -f .venv-newest/installed
 	$(MAKE) test VENV=.venv-newest TORCH= PINS=--upgrade
 
 lint: install

@@ -34,6 +34,8 @@ def lora_targets(
     if not isinstance(model, NanoDeepSeekPreTrainedModel):
         raise ValueError(f"lora_targets() takes a NanoDeepSeek model without an adapter, not a {type(model).__name__}.")
     config = model.config
+    if config.keeps_fp8:
+        raise ValueError("LoRA is not possible on weights kept in FP8: load the model without quantization_config.")
     if config.has_indexer and config.dsa_stage == "warmup":
         raise ValueError(
             "LoRA is not possible in dsa_stage='warmup', in which the indexer alone learns: train that without an "

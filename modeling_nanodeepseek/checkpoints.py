@@ -12,11 +12,11 @@ from pathlib import Path
 
 from huggingface_hub import file_exists
 from safetensors import SafetensorError, safe_open
-from transformers import FineGrainedFP8Config, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
 from .configuration_nanodeepseek import NanoDeepSeekConfig
-from .fp8 import block_of, keep_fp8, layout_problems, weights_of
+from .fp8 import asks_to_keep_fp8, block_of, keep_fp8, layout_problems, weights_of
 from .remote_code import save_code
 from .saving import finish_saving, replacing
 from .stacking import CheckpointError, Shapes, absentees, listed, misfits
@@ -114,6 +114,13 @@ def check_config(folder: Path):
         )
 
 
+def fp8_settings(folder: Path) -> dict | None:
+    """The `quantization_config` of a folder in FP8 blocks; None of any other."""
+    file = folder / "config.json"
+    settings = json.loads(file.read_text("utf-8")).get("quantization_config") if file.is_file() else None
+    return settings if isinstance(settings, dict) and settings.get("quant_method") == "fp8" else None
+
+
 class CheckpointMixin:
     """`from_pretrained` that refuses what it cannot read whole, `save_pretrained` that replaces the old version whole.
 
@@ -133,13 +140,14 @@ class CheckpointMixin:
         """
         if use_safetensors is False:
             raise ValueError("use_safetensors=False is not possible: weights are read from safetensors only")
-        if isinstance(kwargs.get("quantization_config"), FineGrainedFP8Config):
-            keeps = not kwargs.pop("quantization_config").dequantize
-            if isinstance(config, NanoDeepSeekConfig):
-                config = copy.deepcopy(config)
-                config.keeps_fp8 = keeps
-            else:
-                kwargs["keeps_fp8"] = keeps
+        keeps_fp8 = asks_to_keep_fp8(kwargs.get("quantization_config"))
+        if keeps_fp8 is not None:
+            del kwargs["quantization_config"]
+        if isinstance(config, NanoDeepSeekConfig):  # it may have been read elsewhere, and kept FP8 there
+            config = copy.deepcopy(config)
+            config.keeps_fp8 = bool(keeps_fp8)
+        elif keeps_fp8:
+            kwargs["keeps_fp8"] = True
         from_files = pretrained_model_name_or_path is not None and kwargs.get("gguf_file") is None
         if from_files and kwargs.get("state_dict") is None:
             use_safetensors = True
@@ -149,6 +157,8 @@ class CheckpointMixin:
                     raise CheckpointError(f"an interrupted save into {str(folder)!r} was just finished; load it again")
                 if config is None:
                     check_config(folder)
+                elif isinstance(config, NanoDeepSeekConfig):
+                    config.fp8_checkpoint = fp8_settings(folder)
                 weight_files(folder, kwargs.get("variant"))
         return super().from_pretrained(
             pretrained_model_name_or_path, *args, config=config, use_safetensors=use_safetensors, **kwargs
@@ -162,6 +172,8 @@ class CheckpointMixin:
                 tensor_shapes(file)
         if state_dict is None:
             state_dict = fp8_weights(model, files, load_config)
+            if state_dict is not None:
+                checkpoint_files = None  # what is offloaded to disk would be read from there again, as it lies there
         # transformers logs a table and goes on, with fresh weights for those missing; here is the place to know better.
         loaded = PreTrainedModel._load_pretrained_model(
             model, state_dict, checkpoint_files, load_config, *args, **kwargs
@@ -177,8 +189,6 @@ class CheckpointMixin:
                     f"({way_out(model, problems)}ignore_mismatched_sizes=True initialises such weights anew)."
                 )
         model.freeze_for_stage()  # transformers makes new parameters of what it reads
-        if model.config.keeps_fp8:
-            model.requires_grad_(False)
         return loaded
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, *args, **kwargs):
@@ -225,6 +235,11 @@ def fp8_weights(model: PreTrainedModel, files: list[str], load_config) -> dict |
         the caller wants to keep FP8 that is not there.
     """
     config, folder = model.config, str(load_config.pretrained_model_name_or_path)
+    if load_config.is_quantized and config.fp8_checkpoint:
+        raise ValueError(
+            f"{folder!r} holds FP8 weights, which another quantization_config would read without their scales: load it "
+            "without one, save it, and quantize that."
+        )
     if load_config.is_quantized or not all(str(file).endswith(".safetensors") for file in files):
         return None
     block = block_of(config.fp8_checkpoint) if config.fp8_checkpoint else None
@@ -265,8 +280,8 @@ def loading_problems(model: PreTrainedModel, info, files: list[str]) -> list[str
     copies = (".embed_tokens.weight", ".shared_head.head.weight")
     homeless = {n for n in info.unexpected_keys if any(layer in n for layer in ours) and not n.endswith(copies)}
     problems |= {name: f"{name} has no place in the model" for name in homeless}
-    owners = {name.rpartition(".")[0] for name in problems}
-    experts = {owner for owner in owners if hasattr(model.get_submodule(owner), "stacked_names")}
+    stacked = {name for name, module in model.named_modules() if hasattr(module, "stacked_names")}
+    experts = {name.rpartition(".")[0] for name in problems} & stacked
     if experts:  # stacked in memory: the names on disk say more
         shapes = {name: shape for file in files for name, shape in tensor_shapes(file).items()}
         for owner in experts:

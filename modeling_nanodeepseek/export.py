@@ -9,6 +9,7 @@ index, and a config.json under the published keys.
 
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from transformers import PreTrainedModel
 from .configuration_nanodeepseek import NanoDeepSeekConfig
 from .fp8 import BLOCK, SCALE, grid, quantize
 from .saving import replacing
-from .stacking import expert_keys
+from .stacking import expert_keys, listed
 
 ARCHITECTURES = {"deepseek_v3": "DeepseekV3ForCausalLM", "deepseek_v32": "DeepseekV32ForCausalLM"}
 # Linear layers that official checkpoints hold in FP8, by the last part of their names.
@@ -31,7 +32,7 @@ SAME_FIELDS = (
     "num_nextn_predict_layers", "num_attention_heads", "n_shared_experts", "n_routed_experts", "routed_scaling_factor",
     "kv_lora_rank", "q_lora_rank", "qk_rope_head_dim", "v_head_dim", "qk_nope_head_dim", "n_group", "topk_group",
     "num_experts_per_tok", "norm_topk_prob", "hidden_act", "max_position_embeddings", "initializer_range",
-    "rms_norm_eps", "use_cache", "pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings",
+    "rms_norm_eps", "use_cache", "pad_token_id", "bos_token_id", "eos_token_id",
     "attention_bias", "attention_dropout", "scoring_func", "topk_method", "aux_loss_alpha",
 )  # fmt: skip
 INDEX_FIELDS = ("index_topk", "index_n_heads", "index_head_dim")
@@ -43,7 +44,10 @@ class ExportError(ValueError):
 
 def foreign_parts(config: NanoDeepSeekConfig, sparse: bool) -> list[str]:
     """What of a config the native architectures cannot express, each with the reason."""
+    blocked = "vLLM drops the biases of a native model without a word"
     wrong = {
+        "attention_bias": config.attention_bias and blocked,
+        "moe_layer_freq": config.moe_layer_freq != 1 and "native models have experts in every layer behind the first",
         "attention_type": config.attention_type != "mla" and "native models have multi-head latent attention only",
         "gated_mlp": not config.gated_mlp and "native feed-forward layers are gated (gate_proj, up_proj, down_proj)",
         "hidden_act": config.hidden_act != "silu" and "inference engines have SiLU only",
@@ -61,6 +65,9 @@ def foreign_parts(config: NanoDeepSeekConfig, sparse: bool) -> list[str]:
             "index_pattern": config.index_pattern != "learned" and "native models select by the indexer alone",
             "index_window": config.index_window > 0 and "native models keep no window",
             "index_global_tokens": config.index_global_tokens > 0 and "native models keep no first tokens",
+            "index_fp8": config.index_fp8 and "transformers' native model scores in full precision",
+            "dsa_stage": config.dsa_stage != "sparse"
+            and "deepseek_v32 attends to selected keys: set_dsa_stage('sparse')",
         }
     return [f"{field}={getattr(config, field)!r}: {reason}" for field, reason in wrong.items() if reason]
 
@@ -80,14 +87,14 @@ def native_config(config: NanoDeepSeekConfig, architecture: str, dtype: torch.dt
     values = {field: getattr(config, field) for field in SAME_FIELDS + (INDEX_FIELDS if sparse else ())}
     # A field that is None here has a number there, which is not used: a model without experts, a token it has not.
     values = {field: value for field, value in values.items() if value is not None or field == "q_lora_rank"}
+    layers = config.num_hidden_layers + config.num_nextn_predict_layers
     return {
         "architectures": [ARCHITECTURES[architecture]],
         "model_type": architecture,
         **values,
         "num_key_value_heads": config.num_attention_heads,
-        "first_k_dense_replace": min(config.first_k_dense_replace, config.num_hidden_layers)
-        if config.n_routed_experts
-        else config.num_hidden_layers,
+        "tie_word_embeddings": False,  # a tied head is written out: not every engine ties
+        "first_k_dense_replace": min(config.first_k_dense_replace, layers) if config.n_routed_experts else layers,
         "moe_layer_freq": 1,
         "ep_size": 1,
         "pretraining_tp": 1,
@@ -109,8 +116,6 @@ def native_tensors(model: PreTrainedModel, sparse: bool) -> dict[str, torch.Tens
                     tensors |= dict(zip(names, matrix.chunk(len(names))))
     if not sparse:
         tensors = {name: tensor for name, tensor in tensors.items() if ".indexer." not in name}
-    if config.tie_word_embeddings:
-        tensors.pop("lm_head.weight")
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     for k in range(config.num_nextn_predict_layers):
         layer = f"model.layers.{config.num_hidden_layers + k}"
@@ -122,21 +127,50 @@ def in_fp8(name: str) -> bool:
     return name.endswith(".weight") and name.split(".")[-2] in IN_FP8
 
 
-def on_disk(name: str, tensor: torch.Tensor, dtype: torch.dtype, fp8: bool, ue8m0: bool) -> dict[str, torch.Tensor]:
-    """A tensor as it is stored, with its scales if it has any. Router biases stay fp32: bf16 cannot hold their
-    steps."""
-    if fp8 and in_fp8(name):
-        weight, scale_inv = quantize(tensor, ue8m0=ue8m0)
-        return {name: weight.cpu().contiguous(), name + SCALE: scale_inv.cpu().contiguous()}
-    kept = torch.float32 if name.endswith("e_score_correction_bias") else dtype
-    return {name: tensor.to(device="cpu", dtype=kept, copy=True).contiguous()}
+def misread_blocks(tensors: dict[str, torch.Tensor]) -> list[str]:
+    """FP8 matrices of which transformers would take other blocks: it divides a matrix's rows by those of its scales.
+    Where that leaves a rest it stops, as on the official 576 rows; where it does not, it is wrong without a word."""
+    found = []
+    for name, tensor in tensors.items():
+        for width, blocks, block in zip(tensor.shape, grid(tensor.shape, BLOCK), BLOCK) if in_fp8(name) else ():
+            if blocks > 1 and width % blocks == 0 and width != blocks * block:
+                found.append(
+                    f"{name} is {list(tensor.shape)}, and {width} would be taken for {blocks} x {width // blocks}"
+                )
+    return found
 
 
-def stored_bytes(name: str, tensor: torch.Tensor, dtype: torch.dtype, fp8: bool) -> int:
-    if fp8 and in_fp8(name):
-        rows, columns = grid(tensor.shape, BLOCK)
-        return tensor.numel() + 4 * rows * columns
-    return tensor.numel() * (4 if name.endswith("e_score_correction_bias") else dtype.itemsize)
+@dataclass(frozen=True)
+class Form:
+    """How tensors are stored.
+
+    Attributes:
+        dtype: of what is not FP8. Router biases stay fp32 (bf16 cannot hold their steps), and norms where they are.
+        fp8, ue8m0: see `export_native`.
+        fp32_norms: as in the published V3.2.
+    """
+
+    dtype: torch.dtype
+    fp8: bool
+    ue8m0: bool
+    fp32_norms: bool
+
+    def plain_dtype(self, name: str) -> torch.dtype:
+        exact = name.endswith("e_score_correction_bias") or (self.fp32_norms and "norm" in name)
+        return torch.promote_types(self.dtype, torch.float32) if exact else self.dtype
+
+    def stored(self, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+        """A tensor as it is stored, with its scales if it has any."""
+        if self.fp8 and in_fp8(name):
+            weight, scale_inv = quantize(tensor, ue8m0=self.ue8m0)
+            return {name: weight.cpu().contiguous(), name + SCALE: scale_inv.cpu().contiguous()}
+        return {name: tensor.to(device="cpu", dtype=self.plain_dtype(name), copy=True).contiguous()}
+
+    def nbytes(self, name: str, tensor: torch.Tensor) -> int:
+        if self.fp8 and in_fp8(name):
+            rows, columns = grid(tensor.shape, BLOCK)
+            return tensor.numel() + 4 * rows * columns
+        return tensor.numel() * self.plain_dtype(name).itemsize
 
 
 def export_native(
@@ -152,27 +186,34 @@ def export_native(
     """Writes a NanoDeepSeekForCausalLM as a native DeepSeek checkpoint; a folder that holds one is replaced whole.
 
     Args:
-        architecture: "deepseek_v32" (the default for a model with an indexer) or "deepseek_v3", which leaves an indexer
-            out and attends to all keys.
+        architecture: "deepseek_v32" (the default for a model that selects keys, in the stage "sparse") or
+            "deepseek_v3", which leaves an indexer out and attends to all keys.
         dtype: of what is not FP8.
         fp8: projections in e4m3 blocks of 128 x 128 with fp32 scales, as published; `ue8m0`: powers of two.
         tokenizer: saved beside, with its chat template.
         max_shard_bytes: of one file; memory for one file is what exporting needs beside the model.
 
     Raises: ExportError, before anything is written, for what the architecture cannot express, for adapters that are not
-        merged and for weights kept in FP8; SaveError if the files cannot be written.
+        merged, for weights that are quantised or elsewhere, with fp8 for widths whose blocks other readers would take
+        otherwise, and for a folder that holds an adapter; SaveError if the files cannot be written.
     """
     config = model.config
     if not (hasattr(model, "lm_head") and isinstance(config, NanoDeepSeekConfig)):
         raise ExportError(f"{type(model).__name__} is not exported: native checkpoints hold a NanoDeepSeekForCausalLM.")
-    if config.keeps_fp8:
-        raise ExportError("The model keeps FP8 weights: load it without quantization_config first.")
+    if config.keeps_fp8 or getattr(model, "is_quantized", False):
+        raise ExportError("The model's weights are quantised: load it without quantization_config first.")
+    elsewhere = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if elsewhere:
+        raise ExportError(f"{elsewhere[0]} is offloaded: load the model without device_map first.")
     if ue8m0 and not fp8:
         raise ValueError("ue8m0=True is about the scales of FP8 blocks: it needs fp8=True.")
     adapted = [name for name in model.state_dict() if "lora_" in name or ".base_layer." in name]
     if adapted:
         raise ExportError(f"The model holds an adapter ({adapted[0]}): merge it first (merge_and_unload()).")
-    architecture = architecture or ("deepseek_v3" if config.index_topk is None else "deepseek_v32")
+    if Path(folder, "adapter_config.json").is_file():
+        raise ExportError(f"{str(folder)!r} holds an adapter, which would be put on the exported model: take another.")
+    selects = config.index_topk is not None and config.dsa_stage == "sparse"
+    architecture = architecture or ("deepseek_v32" if selects else "deepseek_v3")
     sparse = architecture == "deepseek_v32"
     settings = native_config(config, architecture, dtype)
     if fp8:
@@ -182,8 +223,12 @@ def export_native(
         if ue8m0:
             settings["quantization_config"]["scale_fmt"] = "ue8m0"
     tensors = native_tensors(model, sparse)
+    if fp8 and (wrong := misread_blocks(tensors)):
+        raise ExportError(
+            f"In FP8 this model would be misread: {listed(wrong)}. Fill blocks of {BLOCK[0]}, or export in bf16."
+        )
     with replacing(folder) as stage:
-        write_shards(stage, tensors, max_shard_bytes, dtype, fp8, ue8m0)
+        write_shards(stage, tensors, max_shard_bytes, Form(dtype, fp8, ue8m0, fp32_norms=sparse))
         (stage / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
         if model.generation_config is not None:
             model.generation_config.save_pretrained(stage)
@@ -192,11 +237,11 @@ def export_native(
     return Path(folder)
 
 
-def write_shards(stage: Path, tensors: dict, max_shard_bytes: int, dtype: torch.dtype, fp8: bool, ue8m0: bool):
+def write_shards(stage: Path, tensors: dict[str, torch.Tensor], max_shard_bytes: int, form: Form):
     """Files of at most that size (or one tensor), formed one after the other, and the index of more than one."""
     shards, sizes = [[]], [0]
     for name, tensor in tensors.items():
-        size = stored_bytes(name, tensor, dtype, fp8)
+        size = form.nbytes(name, tensor)
         if shards[-1] and sizes[-1] + size > max_shard_bytes:
             shards.append([])
             sizes.append(0)
@@ -207,7 +252,7 @@ def write_shards(stage: Path, tensors: dict, max_shard_bytes: int, dtype: torch.
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         stored = {}
         for name in names:
-            stored |= on_disk(name, tensors[name], dtype, fp8, ue8m0)
+            stored |= form.stored(name, tensors[name])
         save_file(stored, stage / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(stored, file)
     if len(shards) > 1:

@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 from torch.nn import functional as F
+from transformers import FineGrainedFP8Config
 
 from .experts import GatedExperts, run_experts
 from .layers import Fp32Buffers
@@ -21,6 +22,7 @@ from .layers import Fp32Buffers
 E4M3 = torch.float8_e4m3fn
 BLOCK = (128, 128)
 SCALE = "_scale_inv"
+SCALE_DTYPES = ("F32", "BF16", "F8_E8M0", "U8")  # bytes are the exponents of powers of two
 # What official checkpoints hold unquantised, by the last part of the name of a linear layer.
 PLAIN_LINEARS = ("lm_head", "eh_proj", "weights_proj", "score")
 # Not kept in FP8: the absorbed attention reads this one as a matrix, at every token.
@@ -69,6 +71,24 @@ def scales(stored: torch.Tensor) -> torch.Tensor:
 # -- checkpoints -------------------------------------------------------------------------------------------------------
 
 
+def asks_to_keep_fp8(quantization_config) -> bool | None:
+    """Whether `from_pretrained` is to keep FP8, of what it was given as quantization_config; None: that is about other
+    things. Raises ValueError for settings that would not be followed."""
+    if isinstance(quantization_config, dict) and quantization_config.get("quant_method") == "fp8":
+        quantization_config = FineGrainedFP8Config.from_dict(quantization_config)
+    if not isinstance(quantization_config, FineGrainedFP8Config):
+        return None
+    given, default = quantization_config.to_dict(), FineGrainedFP8Config().to_dict()
+    given["weight_block_size"] = tuple(given["weight_block_size"] or ())
+    said = {key for key in given if key not in ("dequantize", "quant_method") and given[key] != default.get(key)}
+    if said:
+        raise ValueError(
+            f"FineGrainedFP8Config({', '.join(f'{key}={given[key]!r}' for key in sorted(said))}) is not possible: "
+            "dequantize alone is the caller's to choose, the rest is the checkpoint's."
+        )
+    return not quantization_config.dequantize
+
+
 def block_of(settings: dict) -> tuple[int, int]:
     """The block's size, from a `quantization_config`. Raises ValueError for FP8 of another kind."""
     block = settings.get("weight_block_size")
@@ -97,12 +117,15 @@ def layout_problems(files: list[str], block: tuple[int, int] | None) -> list[str
     if block is None:
         return [f"{name} is FP8, and config.json has no quantization_config" for name in sorted(fp8)]
     problems = [f"{name} is {kinds[name][0]}, not F8_E4M3" for name in sorted(fp8) if kinds[name][0] != "F8_E4M3"]
+    problems += [f"{name} is {list(shape)}, no matrix" for name, shape in sorted(fp8.items()) if len(shape) != 2]
     problems += [f"{name} is FP8 and has no {name}{SCALE}" for name in sorted(fp8) if name + SCALE not in kinds]
     for name in sorted(name for name in kinds if name.endswith(SCALE)):
-        shape, weight = kinds[name][1], name.removesuffix(SCALE)
-        if weight not in fp8:
+        (dtype, shape), weight = kinds[name], name.removesuffix(SCALE)
+        if dtype not in SCALE_DTYPES:
+            problems.append(f"{name} is {dtype}, not one of {', '.join(SCALE_DTYPES)}")
+        elif weight not in fp8:
             problems.append(f"{name} has no FP8 {weight.rpartition('.')[2]} beside it")
-        elif shape != (expected := grid(fp8[weight], block)):
+        elif len(fp8[weight]) == 2 and shape != (expected := grid(fp8[weight], block)):
             problems.append(f"{name} is {list(shape)}, not {list(expected)}: blocks of {list(block)}")
     return problems
 
@@ -179,7 +202,7 @@ def owner_on_disk(owner: str, model: nn.Module, present) -> str:
 
 
 class Fp8Linear(Fp32Buffers):
-    """A linear layer without bias whose weight stays in FP8 blocks and is dequantised, into the input's dtype, for each
+    """A linear layer whose weight stays in FP8 blocks and is dequantised, into the input's dtype, for each
     product: half the memory of bf16, not the time. [..., in] -> [..., out]. The weight is a buffer: it does not learn.
     """
 
@@ -188,7 +211,8 @@ class Fp8Linear(Fp32Buffers):
         self.in_features, self.out_features, self.block = linear.in_features, linear.out_features, block
         shape = linear.weight.shape
         self.register_buffer("weight", torch.empty(shape, dtype=E4M3))
-        self.register_buffer("weight" + SCALE, torch.empty(grid(shape, block)))
+        self.register_buffer("weight" + SCALE, torch.empty(grid(shape, block), dtype=torch.float32))
+        self.bias = linear.bias
 
     @staticmethod
     def names_on_disk(owner: str) -> dict[str, list[list[str]]]:
@@ -196,7 +220,7 @@ class Fp8Linear(Fp32Buffers):
         return {name: [[f"{owner}.{name}"]] for name in ("weight", "weight" + SCALE)}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, dequantize(self.weight, self.weight_scale_inv, self.block, x.dtype))
+        return F.linear(x, dequantize(self.weight, self.weight_scale_inv, self.block, x.dtype), self.bias)
 
 
 class Fp8Stack:
@@ -228,7 +252,7 @@ class Fp8Experts(Fp32Buffers):
             E, rows, columns = getattr(experts, name).shape
             self.register_buffer(name, torch.empty(E, rows, columns, dtype=E4M3))
             down, across = grid((rows // len(parts), columns), block)
-            self.register_buffer(name + SCALE, torch.empty(E, len(parts) * down, across))
+            self.register_buffer(name + SCALE, torch.empty(E, len(parts) * down, across, dtype=torch.float32))
 
     def names_on_disk(self, owner: str) -> dict[str, list[list[str]]]:
         """Each buffer -> per expert, the tensors it is made of."""
@@ -263,3 +287,4 @@ def keep_fp8(model: nn.Module, files: list[str], block: tuple[int, int]):
             names = keeping.names_on_disk(owner_on_disk(owner, model, present))
             if all(part in present for pieces in names.values() for expert in pieces for part in expert):
                 setattr(model.get_submodule(parent), name, keeping)
+    model._can_compile_fullgraph = False  # which experts are dequantised is known when they are chosen

@@ -24,7 +24,7 @@ STAGE, COMMITTED = ".saving", ".saved"
 
 # transformers' names of weight files and of their index: model[.variant][-00001-of-00002].safetensors[.index...json]
 WEIGHT_FILE = re.compile(
-    r"model(?:\.(?P<variant>[^.]+?))?(?:-\d{5}-of-\d{5})?\.safetensors(?P<index>\.index(?:\.(?P<of>[^.]+))?\.json)?"
+    r"model(?:\.(?P<variant>[^.]+?))?(?:-\d{5,}-of-\d{5,})?\.safetensors(?P<index>\.index(?:\.(?P<of>[^.]+))?\.json)?"
 )
 
 

@@ -10,12 +10,11 @@ YARN = {
     "beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 1.0, "mscale_all_dim": 1.0, "type": "yarn",
     "original_max_position_embeddings": 16,
 }  # fmt: skip
-# 128 x 128 blocks: kv_a_proj_with_mqa has 144 + 16 = 160 rows, so its last row of blocks is partial, as the official
-# 576 rows have it; so have 216 columns.
+# Widths that neither fill blocks of 128 nor divide by their number, as the official 576 rows of kv_a_proj_with_mqa.
 SHARED = {
-    "vocab_size": 97, "hidden_size": 216, "intermediate_size": 136, "moe_intermediate_size": 24,
-    "num_hidden_layers": 3, "num_attention_heads": 3, "num_key_value_heads": 3, "kv_lora_rank": 144,
-    "q_lora_rank": 136, "qk_rope_head_dim": 16, "qk_nope_head_dim": 40, "v_head_dim": 48, "n_routed_experts": 8,
+    "vocab_size": 97, "hidden_size": 272, "intermediate_size": 280, "moe_intermediate_size": 24,
+    "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 4, "kv_lora_rank": 262,
+    "q_lora_rank": 260, "qk_rope_head_dim": 16, "qk_nope_head_dim": 54, "v_head_dim": 31, "n_routed_experts": 8,
     "n_shared_experts": 2, "num_experts_per_tok": 3, "first_k_dense_replace": 1, "moe_layer_freq": 1,
     "routed_scaling_factor": 2.5, "hidden_act": "silu", "max_position_embeddings": 640, "rms_norm_eps": 1e-6,
     "rope_theta": 10000, "rope_scaling": YARN, "attention_bias": False, "attention_dropout": 0.0, "seq_aux": True,
@@ -39,7 +38,7 @@ FAMILIES = {
     "v3": SHARED | V3,
     "v3.2": SHARED | V3 | {
         "architectures": ["DeepseekV32ForCausalLM"], "model_type": "deepseek_v32", "index_topk": 5,
-        "index_n_heads": 24, "index_head_dim": 20,
+        "index_n_heads": 23, "index_head_dim": 22,
     },
 }  # fmt: skip
 FAMILIES["v3.1"] = FAMILIES["v3"]
@@ -124,8 +123,9 @@ def write(folder, family: str, fp8: str | None = None, shards: int = 3, seed: in
                     meant[name][128 * i : 128 * i + 128, 128 * j : 128 * j + 128] *= scale[i, j]
         else:
             mean, std = (1.0, 0.2) if "norm" in name and not name.endswith("bias") else (0.0, 0.1)
-            kept = torch.float32 if name.endswith("e_score_correction_bias") else torch.bfloat16
-            stored[name] = (torch.randn(shape) * std + mean).to(kept)
+            exact = name.endswith("e_score_correction_bias") or ("norm" in name and "index_topk" in config)
+            kept = torch.float32 if exact else torch.bfloat16
+            stored[name] = (torch.randn(shape) * std + mean).bfloat16().to(kept)
             meant[name] = stored[name].float()
     if fp8:
         config = config | {"quantization_config": QUANTIZATION | ({"scale_fmt": "ue8m0"} if fp8 == "ue8m0" else {})}

@@ -7,9 +7,9 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, FineGrainedFP8Config
+from transformers import AutoModelForCausalLM, FineGrainedFP8Config, TorchAoConfig
 
-from modeling_nanodeepseek import NanoDeepSeekForCausalLM, NanoDeepSeekModel
+from modeling_nanodeepseek import NanoDeepSeekConfig, NanoDeepSeekForCausalLM, NanoDeepSeekModel, lora_targets
 from modeling_nanodeepseek.export import native_tensors
 from modeling_nanodeepseek.fp8 import Fp8Experts, Fp8Linear
 from modeling_nanodeepseek.stacking import CheckpointError
@@ -119,6 +119,11 @@ def test_kept_in_fp8(family, tmp_path):
     with pytest.raises(ValueError, match="keeps FP8 weights is for inference, and is not saved"):
         kept.save_pretrained(tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    kept.set_dsa_stage("dense")
+    assert not any(parameter.requires_grad for parameter in kept.parameters())
+    with pytest.raises(ValueError, match="LoRA is not possible on weights kept in FP8"):
+        lora_targets(kept)
+    kept = load(tmp_path, quantization_config=FineGrainedFP8Config())
     embeds = kept.model.embed_tokens(ids).requires_grad_()
     with pytest.raises(ValueError, match="do not train"):
         kept(inputs_embeds=embeds)
@@ -152,9 +157,9 @@ EXPERT = "model.layers.2.mlp.experts.3.up_proj.weight"
 WRONG = {
     "grid": (
         lambda t: t.update({KV_A + "_scale_inv": torch.ones(1, 2)}),
-        rf"{KV_A}_scale_inv is \[1, 2\], not \[2, 2\]",
+        rf"{KV_A}_scale_inv is \[1, 2\], not \[3, 3\]",
     ),
-    "transposed": (lambda t: t.update({EXPERT + "_scale_inv": torch.ones(2, 1)}), r"is \[2, 1\], not \[1, 2\]"),
+    "transposed": (lambda t: t.update({EXPERT + "_scale_inv": torch.ones(3, 1)}), r"is \[3, 1\], not \[1, 3\]"),
     "no scale": (lambda t: t.pop(EXPERT + "_scale_inv"), f"{EXPERT} is FP8 and has no {EXPERT}_scale_inv"),
     "no weight": (lambda t: t.pop(EXPERT), f"{EXPERT}_scale_inv has no FP8 weight beside it"),
     "plain": (lambda t: t.update({EXPERT: t[EXPERT].float()}), f"{EXPERT}_scale_inv has no FP8 weight beside it"),
@@ -162,13 +167,27 @@ WRONG = {
         lambda t: t.update({EXPERT: t[EXPERT].float().to(torch.float8_e5m2)}),
         f"{EXPERT} is F8_E5M2, not F8_E4M3",
     ),
+    "integer scales": (
+        lambda t: t.update({EXPERT + "_scale_inv": torch.ones(1, 3, dtype=torch.int32)}),
+        f"{EXPERT}_scale_inv is I32, not one of F32",
+    ),
+    "a vector": (
+        lambda t: t.update({"model.norm.weight": torch.ones(272).to(torch.float8_e4m3fn)}),
+        "model.norm.weight is FP8 and has no",
+    ),
+    "a vector with scales": (
+        lambda t: t.update({
+            "model.norm.weight": torch.ones(272).to(torch.float8_e4m3fn), "model.norm.weight_scale_inv": torch.ones(3)
+        }),
+        r"model.norm.weight is \[272\], no matrix",
+    ),
     "no expert": (
         lambda t: [t.pop(EXPERT), t.pop(EXPERT + "_scale_inv")],
         f"{EXPERT} is missing",
     ),
     "shape": (
         lambda t: t.update({"model.norm.weight": torch.ones(7)}),
-        r"model.norm.weight is \[7\], not \[216\]",
+        r"model.norm.weight is \[7\], not \[272\]",
     ),
 }  # fmt: skip
 
@@ -204,6 +223,91 @@ def test_fp8_that_the_config_does_not_mention(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="is FP8, and config.json has no quantization_config"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["dequantized", "kept"])
+def test_offloaded_to_disk(kept, tmp_path):
+    """What lies on disk is what was read, not the blocks without their scales."""
+    official.write(tmp_path / "fp8", "v3", "float")
+    settings = {"quantization_config": FineGrainedFP8Config()} if kept else {}
+    places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    places |= {f"model.layers.{i}": "disk" if i else "cpu" for i in range(4)}
+    model = load(tmp_path / "fp8", device_map=places, offload_folder=tmp_path / "offloaded", **settings)
+    ids = tokens(1, 9)
+    assert torch.equal(load(tmp_path / "fp8")(ids).logits, model(ids).logits)
+
+
+def test_another_quantization_is_refused(tmp_path):
+    configs = pytest.importorskip("torchao.quantization")
+    official.write(tmp_path, "v3", "float")
+    with pytest.raises(ValueError, match="holds FP8 weights, which another quantization_config would read"):
+        load(tmp_path, quantization_config=TorchAoConfig(configs.Int8WeightOnlyConfig()))
+
+
+@pytest.mark.parametrize("settings", [{"modules_to_not_convert": ["o_proj"]}, {"weight_block_size": (64, 64)}])
+def test_settings_that_would_not_be_followed(settings, tmp_path):
+    official.write(tmp_path, "v3", "float")
+    with pytest.raises(ValueError, match=f"{next(iter(settings))}=.* is not possible: dequantize alone"):
+        load(tmp_path, quantization_config=FineGrainedFP8Config(**settings))
+
+
+def test_a_config_from_elsewhere(tmp_path):
+    """The folder says what its weights are, and each call whether FP8 is kept."""
+    official.write(tmp_path / "fp8", "v3", "float")
+    official.write(tmp_path / "plain", "v3")
+    kept = load(tmp_path / "fp8", quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]})
+    assert any(isinstance(module, Fp8Experts) for module in kept.modules())
+    ids = tokens(1, 9)
+    for folder, config in (("fp8", NanoDeepSeekConfig.from_dict(kept.config.to_dict())), ("plain", kept.config)):
+        model = load(tmp_path / folder, config=config)
+        assert torch.equal(model(ids).logits, load(tmp_path / folder)(ids).logits)
+        assert all(parameter.requires_grad for parameter in model.parameters())
+        model.save_pretrained(tmp_path / "again")
+    with_auto = AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.float32)
+    assert torch.equal(with_auto.eval()(ids).logits, model(ids).logits)
+
+
+def test_scales_are_fp32_whatever_the_default(tmp_path):
+    official.write(tmp_path, "v3", "float")
+    expected = load(tmp_path)(tokens(1, 9)).logits
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        model = load(tmp_path, quantization_config=FineGrainedFP8Config())
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(model(tokens(1, 9)).logits, expected)
+
+
+def test_biases_beside_fp8(tmp_path):
+    """No official checkpoint has them; the config can."""
+    official.write(tmp_path, "v3", "float", shards=1)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"attention_bias": True}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+
+    def add_biases(tensors):
+        for name in [n for n in tensors if n.endswith(("q_a_proj.weight", "mqa.weight", "o_proj.weight"))]:
+            tensors[name.removesuffix("weight") + "bias"] = torch.randn(tensors[name].shape[0])
+
+    edit(tmp_path, add_biases)
+    plain, kept = load(tmp_path), load(tmp_path, quantization_config=FineGrainedFP8Config())
+    assert plain.model.layers[0].self_attn.o_proj.bias.any()
+    assert torch.equal(plain(tokens(1, 9)).logits, kept(tokens(1, 9)).logits)
+
+
+def test_weights_of_another_architecture(tmp_path):
+    """An indexer's tensors where the config has none: one error, by their names."""
+    official.write(tmp_path, "v3.2")
+    (tmp_path / "config.json").write_text(json.dumps(official.FAMILIES["v3"]))
+    with pytest.raises(CheckpointError, match=r"indexer\.k_norm\.bias has no place in the model"):
+        load(tmp_path)
+
+
+def test_saving_over_published_shards(tmp_path):
+    """Theirs are counted with six digits; beside the new file they would be read by who looks for all of them."""
+    official.write(tmp_path, "v3", "float")
+    model = load(tmp_path)
+    model.save_pretrained(tmp_path)
+    assert [file.name for file in tmp_path.glob("*.safetensors*")] == ["model.safetensors"]
 
 
 def test_nothing_to_keep(tmp_path):

@@ -6,6 +6,7 @@ python -m train.export --model runs/dsa_sparse --output exported --architecture 
 """
 
 import argparse
+import json
 import sys
 
 import torch
@@ -21,7 +22,7 @@ def main(arguments: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder or Hub name of a checkpoint with its tokenizer")
     parser.add_argument("--output", required=True, help="folder to write; a checkpoint that it holds is replaced")
-    parser.add_argument("--architecture", choices=ARCHITECTURES, help="default: deepseek_v32 if it has an indexer")
+    parser.add_argument("--architecture", choices=ARCHITECTURES, help="default: deepseek_v32 if it selects keys")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of what is not FP8")
     parser.add_argument("--fp8", action="store_true", help="projections in e4m3 blocks of 128 x 128")
     parser.add_argument("--ue8m0", action="store_true", help="with --fp8: scales that are powers of two")
@@ -42,7 +43,8 @@ def main(arguments: list[str] | None = None):
         )
     except (ValueError, OSError) as error:
         sys.exit(f"{parser.prog}: {error}")
-    print(f"{folder}: {model.num_parameters():,} parameters")
+    kind = json.loads((folder / "config.json").read_text())["model_type"]
+    print(f"{folder}: {kind}, {model.num_parameters():,} parameters")
 
 
 if __name__ == "__main__":

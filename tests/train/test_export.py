@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from modeling_nanodeepseek import NanoDeepSeekForCausalLM
 from tests.conftest import assert_close, tiny_model, tokens
 from train import export
 from train.tokenizer import train_tokenizer
@@ -30,9 +31,12 @@ def test_from_folder_to_folder(tmp_path, capsys):
 
 
 def test_fp8(tmp_path):
-    saved(tmp_path / "ours")
+    model = saved(tmp_path / "ours")
     export.main(["--model", str(tmp_path / "ours"), "--output", str(tmp_path / "native"), "--fp8", "--ue8m0"])
     assert '"scale_fmt": "ue8m0"' in (tmp_path / "native" / "config.json").read_text()
+    read = NanoDeepSeekForCausalLM.from_pretrained(tmp_path / "native", dtype=torch.float32)
+    for (name, exact), rounded in zip(model.named_parameters(), read.parameters()):
+        assert_close(exact, rounded, 0.05, name)
 
 
 @pytest.mark.parametrize(
