@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 
 class NonFiniteError(RuntimeError):
@@ -9,12 +10,13 @@ class NonFiniteError(RuntimeError):
 
 
 def non_finite_gradients(model: nn.Module) -> list[str]:
-    """Parameters whose gradient holds NaN or infinity."""
-    named = [(name, parameter.grad) for name, parameter in model.named_parameters() if parameter.grad is not None]
-    if not named:
+    """Parameters whose gradient (of FSDP, this rank's part of it) holds NaN or infinity."""
+    grads = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    parts = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads.values()]
+    if not parts:
         return []
-    norms = torch.stack([norm.float().cpu() for norm in torch._foreach_norm([grad for _, grad in named], torch.inf)])
-    return [name for (name, _), fine in zip(named, norms.isfinite().tolist()) if not fine]
+    largest = torch.stack([norm.float().to(parts[0].device) for norm in torch._foreach_norm(parts, torch.inf)])
+    return [name for name, fine in zip(grads, largest.isfinite().tolist()) if not fine]
 
 
 @torch.no_grad()
@@ -41,10 +43,13 @@ def first_non_finite(model: nn.Module, inputs: dict) -> str | None:
     return found[0] if found else None
 
 
-def check_finite(model: nn.Module, inputs: dict, loss: torch.Tensor, step: int):
-    """Raises NonFiniteError if a gradient is not finite, as after a loss that is not."""
-    names = non_finite_gradients(model)
-    if not names:
+def check_finite(model: nn.Module, inputs: dict, loss: torch.Tensor, step: int, scaled: bool = False):
+    """Raises NonFiniteError if a gradient is not finite, as after a loss that is not.
+
+    scaled: gradients are scaled up for fp16, and a scaler skips steps in which they overflow: only the loss counts.
+    """
+    names = [] if scaled else non_finite_gradients(model)
+    if not (names or (scaled and not loss.isfinite().all())):
         return
     shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     if not loss.isfinite().all():

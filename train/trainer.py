@@ -180,7 +180,8 @@ class NanoDeepSeekTrainer(AtomicCheckpoints, Trainer):
     def training_step(self, model, inputs, num_items_in_batch=None):
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:  # on all ranks then, before what is not finite reaches a weight
-            check_finite(model, self._prepare_inputs(inputs), loss, self.state.global_step + 1)
+            scaled = self.accelerator.scaler is not None
+            check_finite(model, self._prepare_inputs(inputs), loss, self.state.global_step + 1, scaled)
         return loss
 
     def log(self, logs: dict[str, float], *args, **kwargs):

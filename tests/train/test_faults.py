@@ -5,7 +5,7 @@ import torch
 from transformers import TrainerCallback
 
 from tests.train.test_trainer import build
-from train.faults import NonFiniteError, first_non_finite, non_finite_gradients
+from train.faults import NonFiniteError, check_finite, first_non_finite, non_finite_gradients
 
 
 class Poison(TrainerCallback):
@@ -49,6 +49,19 @@ def test_a_gradient_that_is_infinite(accumulation, tiny_recipe):
         run(tiny_recipe(trainer={"report_to": [], "gradient_accumulation_steps": accumulation}), 2, spoil)
     model = kept.pop("model")
     assert all(torch.equal(kept[name], parameter) for name, parameter in model.named_parameters())
+
+
+def test_scaled_gradients_may_overflow():
+    """fp16's scaler skips such a step and goes on with a smaller scale; a loss that is no number stays an error."""
+    model = torch.nn.Linear(2, 1)
+    model(torch.ones(1, 2)).sum().backward()
+    model.weight.grad.fill_(float("inf"))
+    fine, nan = torch.tensor(1.0), torch.tensor(float("nan"))
+    check_finite(model, {}, fine, step=1, scaled=True)
+    with pytest.raises(NonFiniteError, match="gradients are not finite: weight"):
+        check_finite(model, {}, fine, step=1)
+    with pytest.raises(NonFiniteError, match="the loss is nan"):
+        check_finite(model, {"input": torch.full((1, 2), float("nan"))}, nan, step=1, scaled=True)
 
 
 def test_what_is_finite_passes(tiny_recipe):
