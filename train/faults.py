@@ -12,11 +12,13 @@ class NonFiniteError(RuntimeError):
 def non_finite_gradients(model: nn.Module) -> list[str]:
     """Parameters whose gradient (of FSDP, this rank's part of it) holds NaN or infinity."""
     grads = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
-    parts = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads.values()]
+    parts = {name: grad.to_local() if isinstance(grad, DTensor) else grad for name, grad in grads.items()}
+    parts = {name: part for name, part in parts.items() if part.numel()}
     if not parts:
         return []
-    largest = torch.stack([norm.float().to(parts[0].device) for norm in torch._foreach_norm(parts, torch.inf)])
-    return [name for name, fine in zip(grads, largest.isfinite().tolist()) if not fine]
+    norms = torch._foreach_norm(list(parts.values()), torch.inf)
+    finite = torch.stack([norm.float().to(norms[0].device) for norm in norms]).isfinite()
+    return [name for name, fine in zip(parts, finite.tolist()) if not fine]
 
 
 @torch.no_grad()
