@@ -31,7 +31,7 @@ def lora_targets(
     Raises: ValueError for a part that the model has not, for modules that do not learn, and in the stage "warmup", in
         which the indexer alone learns.
     """
-    if not isinstance(model, NanoDeepSeekPreTrainedModel):
+    if not isinstance(model, NanoDeepSeekPreTrainedModel) or model._hf_peft_config_loaded:
         raise ValueError(f"lora_targets() takes a NanoDeepSeek model without an adapter, not a {type(model).__name__}.")
     config = model.config
     if config.keeps_fp8:

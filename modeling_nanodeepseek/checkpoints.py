@@ -179,6 +179,9 @@ class CheckpointMixin:
             model, state_dict, checkpoint_files, load_config, *args, **kwargs
         )
         if model._hf_peft_config_loaded:  # an adapter's, for a model that is there: it has none of the model's weights
+            absent = sorted(name for name in loaded[0].missing_keys if "lora_" in name)
+            if absent:
+                raise CheckpointError(f"the adapter lacks {listed(absent)}: it is incomplete, or another model's")
             return loaded
         if files and not load_config.is_quantized and not load_config.ignore_mismatched_sizes:
             problems = loading_problems(model, loaded[0], files)
@@ -217,7 +220,7 @@ class CheckpointMixin:
     def _upload_modified_files(self, working_dir, repo_id: str, *args, token=None, **kwargs):
         # Of a repository without a model card transformers makes a form to fill in; a run has written a card.
         card = Path(self.name_or_path, "README.md")
-        if card.is_file() and not file_exists(repo_id, "README.md", token=token):
+        if self.name_or_path and card.is_file() and not file_exists(repo_id, "README.md", token=token):
             shutil.copyfile(card, Path(working_dir, "README.md"))
         return super()._upload_modified_files(working_dir, repo_id, *args, token=token, **kwargs)
 

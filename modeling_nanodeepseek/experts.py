@@ -188,8 +188,13 @@ def _by_expert(indices_TK: torch.Tensor, experts: int) -> tuple[torch.Tensor, to
     return tokens, slots, torch.bincount(sorted_experts, minlength=experts + 1).tolist()
 
 
-# Idempotent: the installed package and a copy loaded from the Hub may both run it.
-ExpertsInterface.register(DEFAULT_EXPERTS, sorted_mm)
+def by_the_module(module, *args) -> torch.Tensor:
+    """What transformers finds under our name: of whichever copy of this file the module is. A package and a copy loaded
+    from the Hub, of another version, both register theirs, and the last one stays."""
+    return module.sorted_mm(*args)
+
+
+ExpertsInterface.register(DEFAULT_EXPERTS, by_the_module)
 
 
 class _Experts(nn.Module):
@@ -206,6 +211,9 @@ class _Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(self.num_experts, self.hidden_dim, self.intermediate_dim))
         # Trainer resumes through plain load_state_dict, where transformers' own conversion does not reach.
         self.register_load_state_dict_pre_hook(stack_expert_keys)
+
+    def sorted_mm(self, hidden_states, top_k_index, top_k_weights) -> torch.Tensor:
+        return sorted_mm(self, hidden_states, top_k_index, top_k_weights)
 
     def loop(self, hidden_Td: torch.Tensor, indices_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
         """sum_k w_k Expert_k(u), expert by expert: the reference that the other implementations are tested against."""

@@ -194,8 +194,8 @@ def export_native(
         max_shard_bytes: of one file; memory for one file is what exporting needs beside the model.
 
     Raises: ExportError, before anything is written, for what the architecture cannot express, for adapters that are not
-        merged, for weights that are quantised or elsewhere, with fp8 for widths whose blocks other readers would take
-        otherwise, and for a folder that holds an adapter; SaveError if the files cannot be written.
+        merged, for weights that are quantised or elsewhere, and with fp8 for widths whose blocks other readers take
+        otherwise; SaveError if the files cannot be written.
     """
     config = model.config
     if not (hasattr(model, "lm_head") and isinstance(config, NanoDeepSeekConfig)):
@@ -210,8 +210,6 @@ def export_native(
     adapted = [name for name in model.state_dict() if "lora_" in name or ".base_layer." in name]
     if adapted:
         raise ExportError(f"The model holds an adapter ({adapted[0]}): merge it first (merge_and_unload()).")
-    if Path(folder, "adapter_config.json").is_file():
-        raise ExportError(f"{str(folder)!r} holds an adapter, which would be put on the exported model: take another.")
     selects = config.index_topk is not None and config.dsa_stage == "sparse"
     architecture = architecture or ("deepseek_v32" if selects else "deepseek_v3")
     sparse = architecture == "deepseek_v32"

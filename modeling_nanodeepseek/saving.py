@@ -21,6 +21,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 STAGE, COMMITTED = ".saving", ".saved"
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 # transformers' names of weight files and of their index: model[.variant][-00001-of-00002].safetensors[.index...json]
 WEIGHT_FILE = re.compile(
@@ -91,7 +92,8 @@ def finish_saving(folder: str | os.PathLike) -> list[str]:
 
 
 def remove_superseded(folder: Path, head: Path):
-    """Removes an index in `folder`, and weight files that `head`, a single weight file or an index, does not name."""
+    """Removes an index in `folder`, weight files that `head`, a single weight file or an index, does not name,
+    and an adapter's."""
     kind, current = WEIGHT_FILE.fullmatch(head.name), {head.name}
     if kind["index"]:
         with suppress(FileNotFoundError):
@@ -103,6 +105,9 @@ def remove_superseded(folder: Path, head: Path):
         same_variant = other and (other["variant"] or other["of"]) == (kind["variant"] or kind["of"])
         if same_variant and old.name not in current:
             old.unlink(missing_ok=True)
+    for old in ADAPTER_FILES:  # which would be put on the new model
+        if (folder / old).exists() and not (head.parent / old).exists():
+            (folder / old).unlink(missing_ok=True)
 
 
 def move(source: Path, target: Path):

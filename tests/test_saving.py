@@ -64,7 +64,7 @@ def test_killed_at_every_change_of_the_disk(old_form, new_form, tmp_path, monkey
     seen, versions = [], [as_others_read(kept)]
     new.save_pretrained(folder, **new_form)
     versions.append(as_others_read(folder))
-    for step in range(200):
+    for step in range(100):
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(kept, folder)
         if not killed(lambda: new.save_pretrained(folder, **new_form), at_change(step, folder)):
@@ -214,3 +214,12 @@ def test_push_to_hub_uploads_the_same_files(tmp_path, monkeypatch):
     expected = {"config.json", "generation_config.json", "model.safetensors", "README.md"}
     assert pushed["files"] == expected | {path.name for path in code_files()}
     assert pushed["files"] == set(os.listdir(tmp_path / "my_model"))
+
+
+def test_an_older_adapter_does_not_stay_with_a_new_model(tmp_path):
+    """transformers would take it for a part of the model."""
+    for name in ("adapter_config.json", "adapter_model.safetensors", "notes.txt"):
+        (tmp_path / name).write_text("{}")
+    tiny_model().save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("adapter*")) and (tmp_path / "notes.txt").is_file()
+    NanoDeepSeekForCausalLM.from_pretrained(tmp_path)

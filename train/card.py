@@ -18,7 +18,7 @@ from modeling_nanodeepseek import NanoDeepSeekConfig
 
 from .accounting import count_parameters
 from .optimizers import parameter_groups
-from .recipe import Recipe, resolve
+from .recipe import FinetuneRecipe, Recipe, resolve
 
 # Names by which `datasets` reads files of one's own: no data sets of the Hub.
 FILE_READERS = {"arrow", "audiofolder", "csv", "imagefolder", "json", "pandas", "parquet", "sql", "text", "webdataset"}
@@ -28,23 +28,17 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 BODY = """
 # {title}
 
-A language model of DeepSeek's architecture ({parts}), trained from {origin} with nanoDeepSeek.
+{kind} of DeepSeek's architecture ({parts}), trained from {origin} with nanoDeepSeek.
 
 ## Use it
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-name = {name}
-model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=True)  # which reads config.json, too
-inputs = tokenizer({prompt}, return_tensors="pt")
-print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))
+{use}
 ```
 
-The model's code lies beside its weights, and `trust_remote_code=True` runs it: read it first, and pin a `revision`.
-It needs transformers >= {transformers} and torch >= {torch}. Where the package `modeling_nanodeepseek` is installed
-and imported, that is used instead, and `trust_remote_code` is not needed.
+The model's code lies beside its weights{of_base}, and `trust_remote_code=True` runs it: read it first, and pin a
+`revision`. It needs transformers >= {transformers} and torch >= {torch}. Where the package `modeling_nanodeepseek` is
+installed and imported, that is used instead, and `trust_remote_code` is not needed.
 
 ## Size
 
@@ -62,18 +56,40 @@ and imported, that is used instead, and `trust_remote_code` is not needed.
 
 {results}
 
-Bits per byte = -log2 of the probability of the held-out text, over its bytes in UTF-8: a figure to compare with others
-on the same text alone.
-
 ## Limits
 
-It was not tuned for instructions or for safety, and was measured on nothing but the held-out text above: it continues
-text in the manner of its data, errors and biases included. {scale}
+{tuned}, and was measured on nothing but what was held out: it writes in the manner of its data, errors and biases
+included. {scale}
 
 ## Licence
 
 {licence}
 """
+
+
+LOAD = """from transformers import AutoModelForCausalLM, AutoTokenizer
+
+name = {name}
+model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=True)  # which reads config.json, too
+"""
+LOAD_ADAPTER = """from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+name, base = {name}, {base}
+model = AutoModelForCausalLM.from_pretrained(base, trust_remote_code=True)
+model = PeftModel.from_pretrained(model, name)
+tokenizer = AutoTokenizer.from_pretrained(name)
+"""
+CONTINUE = """inputs = tokenizer({prompt}, return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))"""
+ASK = """messages = [{{"role": "user", "content": {prompt}}}]
+inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))"""
+BITS_PER_BYTE = """
+
+Bits per byte = -log2 of the probability of the held-out text, over its bytes in UTF-8: a figure to compare with others
+on the same text alone."""
 
 
 def one_line(text: str) -> str:
@@ -118,6 +134,12 @@ def hub_datasets(source) -> list[str]:
     return [name] if on_hub else []
 
 
+WORDS = {
+    "stdlib": "the source of Python's standard library",
+    "docstrings": "what functions of Python's standard library do, asked and answered from their docstrings",
+}
+
+
 def describe_source(source) -> str:
     """A data source in words, escaped."""
     if isinstance(source, list):
@@ -126,8 +148,8 @@ def describe_source(source) -> str:
         name = hub_datasets(source)[0] if hub_datasets(source) else Path(str(source["dataset"])).name
         chosen = [f"{key} {code(str(source[key]))}" for key in ("name", "revision", "split") if source.get(key)]
         return ", ".join([f"data set {code(name)}", *chosen])
-    if source == "stdlib":
-        return "the source of Python's standard library"
+    if source in WORDS:
+        return WORDS[source]
     return f"the text in {code(Path(source).expanduser().absolute().name)}"
 
 
@@ -173,7 +195,17 @@ def training_rows(trainer: Trainer) -> dict[str, Any]:
         for group in parameter_groups(trainer.model, recipe.optimizer)
     )
     schedule, rows = recipe.schedule, {}
-    rows["tokens seen"] = f"{steps * rows_per_step * length:,}: {steps:,} steps of {rows_per_step} rows of {length:,}"
+    if isinstance(recipe, FinetuneRecipe):
+        rows["rows seen"] = (
+            f"{steps * rows_per_step:,}: {steps:,} steps of {rows_per_step}, of at most {length:,} tokens"
+        )
+        rows["learned"] = "what the assistant says"
+        if recipe.lora is not None:
+            rows["LoRA"] = f"rank {recipe.lora.rank}, alpha {recipe.lora.alpha:g}; the weights of the base stay"
+    else:
+        rows["tokens seen"] = (
+            f"{steps * rows_per_step * length:,}: {steps:,} steps of {rows_per_step} rows of {length:,}"
+        )
     if passes is not None:
         rows["passes over the data"] = f"{passes:.3g}"
     rows |= {
@@ -220,7 +252,8 @@ def card_data(trainer: Trainer, title: str) -> ModelCardData:
         for metric, key in held_out.items()
         if last(history, key) is not None
     ]
-    tags = ["nanodeepseek", "deepseek", "custom_code", config.attention_type]
+    adapter = getattr(recipe, "lora", None) is not None
+    tags = ["nanodeepseek", "deepseek", config.attention_type, "lora" if adapter else "custom_code"]
     tags += ["moe"] if config.n_routed_experts else []
     tags += ["sparse-attention"] if config.index_topk is not None else []
     tags += ["multi-token-prediction"] if config.num_nextn_predict_layers else []
@@ -229,13 +262,25 @@ def card_data(trainer: Trainer, title: str) -> ModelCardData:
         license_name=recipe.card.license_name and one_line(recipe.card.license_name),
         license_link=recipe.card.license_link,
         language=recipe.card.language,
-        library_name="transformers",
+        library_name="peft" if adapter else "transformers",
         pipeline_tag="text-generation",
         tags=tags,
         datasets=named or None,
         base_model=base_model(recipe),
         model_name=one_line(title) if results else None,
         eval_results=results or None,
+    )
+
+
+def usage(trainer: Trainer, title: str, adapter: bool, chats: bool) -> str:
+    """The lines of Python that load the model and let it speak."""
+    recipe = trainer.recipe
+    base = base_model(recipe) or Path(recipe.model.checkpoint or "").name
+    load = (LOAD_ADAPTER if adapter else LOAD).format(
+        name=json.dumps(trainer.hub_model_id or title), base=json.dumps(base)
+    )
+    return load + (ASK if chats else CONTINUE).format(
+        prompt=json.dumps(recipe.prompt or ("Hello" if chats else "Once"))
     )
 
 
@@ -247,15 +292,17 @@ def model_card(trainer: Trainer) -> ModelCard:
     parts += ["mixture of experts with loss-free balancing"] if config.n_routed_experts else []
     parts += ["lightning indexer"] if config.has_indexer else []
     parts += ["multi-token prediction"] if config.num_nextn_predict_layers else []
-    checkpoint = recipe.model.checkpoint
+    checkpoint, chats = recipe.model.checkpoint, isinstance(recipe, FinetuneRecipe)
+    adapter = chats and recipe.lora is not None
     origin = f"the weights of {code(base_model(recipe) or Path(checkpoint).name)}" if checkpoint else "fresh weights"
     data = {"source": describe_source(recipe.data.source)}
-    held_out = f"{recipe.data.validation_share:.1%} of the documents, chosen by the hash of their names"
+    kind = "conversations" if chats else "documents"
+    held_out = f"{recipe.data.validation_share:.1%} of the {kind}, chosen by the hash of their names"
     validation = recipe.data.validation
     data["held out"] = held_out if validation is None else describe_source(validation)
     length = recipe.data.sequence_length
     rows, further = len(trainer.train_dataset), len(trainer.eval_dataset)
-    data["rows"] = f"{rows:,} for training, {further:,} held out, of {length:,} tokens"
+    data["rows"] = f"{rows:,} for training, {further:,} held out, of {'at most ' if chats else ''}{length:,} tokens"
     data["tokenizer"] = f"{len(trainer.processing_class):,} tokens"
     results = {words: f"{last(history, key):.4f}" for key, words in RESULTS.items() if last(history, key) is not None}
     counts = count_parameters(config)
@@ -264,13 +311,18 @@ def model_card(trainer: Trainer) -> ModelCard:
         title=escape(title),
         parts=", ".join(parts),
         origin=origin,
-        name=json.dumps(trainer.hub_model_id or title),
-        prompt=json.dumps(recipe.prompt or "Once"),
+        kind="A LoRA adapter for a language model" if adapter else "A language model",
+        use=usage(trainer, title, adapter, chats),
+        of_base=" in the base model's repository" if adapter else "",
+        tuned="It was tuned on the conversations above and not for safety"
+        if chats
+        else "It was not tuned for instructions or for safety",
         **REQUIRES,
         size=table(size_rows(config, counts)),
         data=table(data),
         training=table(training_rows(trainer)),
-        results=table(results) if results else "Nothing was logged.",
+        results=(table(results) if results else "Nothing was logged.")
+        + (BITS_PER_BYTE if RESULTS["eval_bits_per_byte"] in results else ""),
         scale=f"It has {counts['total']:,} parameters: do not expect facts of it." if counts["total"] < 1e9 else "",
         licence=f"Weights: {licence}. The code beside them: Apache-2.0. The data has its own licence.",
     )

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
-from modeling_nanodeepseek.checkpoints import weight_files
+from modeling_nanodeepseek.checkpoints import tensor_shapes, weight_files
 from modeling_nanodeepseek.saving import SaveError, is_writing_error, reason, replacing, sync, sync_folder
 from modeling_nanodeepseek.stacking import CheckpointError, awaited_experts, expert_keys, listed
 
@@ -81,6 +81,8 @@ def check_resumable(checkpoint: Path):
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{str(state)!r} is damaged: {error}") from error
     others = [path for path in checkpoint.glob("*model*") if path.suffix != ".py"]  # of adapters and FSDP
+    for adapter in checkpoint.glob("adapter_model*.safetensors"):
+        tensor_shapes(adapter)
     if not weight_files(checkpoint) and not others:
         raise CheckpointError(f"{str(checkpoint)!r} has no weights")
     if not any(path.name.startswith(("optimizer", "global_step")) for path in checkpoint.iterdir()):

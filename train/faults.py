@@ -1,5 +1,7 @@
 """What stops a run: losses and gradients that are no numbers, named with the step and the module."""
 
+import math
+
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -45,17 +47,35 @@ def first_non_finite(model: nn.Module, inputs: dict) -> str | None:
     return found[0] if found else None
 
 
-def check_finite(model: nn.Module, inputs: dict, loss: torch.Tensor, step: int, scaled: bool = False):
-    """Raises NonFiniteError if a gradient is not finite, as after a loss that is not.
+def check_finite(accelerator, model: nn.Module, batches: list[tuple[dict, torch.Tensor]], step: int, prepare=dict):
+    """Raises NonFiniteError, on all processes, if a loss of this step or a gradient is not finite on any.
 
-    scaled: gradients are scaled up for fp16, and a scaler skips steps in which they overflow: only the loss counts.
+    Args:
+        batches: of this process's micro-batches the inputs, and the loss.
+        prepare: puts inputs where the model is.
+
+    For fp16 gradients are scaled up, and a scaler skips steps in which they overflow: then only the losses count.
     """
-    names = [] if scaled else non_finite_gradients(model)
-    if not (names or (scaled and not loss.isfinite().all())):
+    losses = torch.stack([loss.detach().float() for _, loss in batches])
+    names = [] if accelerator.scaler is not None else non_finite_gradients(model)
+    mine = bool(names) or not bool(losses.isfinite().all())
+    wrong = torch.tensor(float(mine), device=losses.device)
+    if not accelerator.reduce(wrong, reduction="sum").item():
         return
+    message = f"step {step}: " + (describe(accelerator, model, batches, losses, names, prepare) if mine else OTHERS)
+    accelerator.wait_for_everyone()  # the first process that ends ends the others, and their messages
+    raise NonFiniteError(message)
+
+
+OTHERS = "a loss or a gradient is not finite on another process, which says more."
+
+
+def describe(accelerator, model, batches, losses, names: list[str], prepare) -> str:
+    for (inputs, _), loss in zip(batches, losses.tolist()):
+        if not math.isfinite(loss):
+            sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
+            module = None if sharded else first_non_finite(accelerator.unwrap_model(model), prepare(inputs))
+            where = f", first in the output of {module}" if module else ""
+            return f"the loss is {loss}{where}. No checkpoint holds this step."
     shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-    if not loss.isfinite().all():
-        module = first_non_finite(model, inputs)
-        where = f"first in the output of {module}" if module else "though no module's output is"
-        raise NonFiniteError(f"step {step}: the loss is {loss.item()}, {where}. No checkpoint holds this step.")
-    raise NonFiniteError(f"step {step}: the loss is {loss.item():.4f}, and gradients are not finite: {shown}.")
+    return f"the loss is {losses.sum().item():.4f}, and gradients are not finite: {shown}."

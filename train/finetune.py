@@ -4,6 +4,8 @@ Reads conversations, trains all weights of a checkpoint or (section `lora`) an a
 says, through transformers' Trainer or (engine=trl) TRL's SFTTrainer, and saves model or adapter with the tokenizer.
 """
 
+from pathlib import Path
+
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, pipeline, set_seed
 
 from modeling_nanodeepseek import ModelLoss, lora_targets
@@ -82,7 +84,20 @@ def build_trainer(recipe: FinetuneRecipe) -> NanoDeepSeekTrainer:
         data = load_data(recipe, tokenizer)
     set_seed(args.seed)
     if recipe.lora is not None:
+        base = pretrain.folder_or_name(recipe.model.checkpoint, "model.checkpoint")
+        if args.push_to_hub and Path(base).is_dir():
+            raise ValueError(
+                f"trainer.push_to_hub with the section lora is not possible: the adapter would name its model by a "
+                f"folder of this machine, {recipe.model.checkpoint!r}. Push that model first and give its name on the "
+                "Hub as model.checkpoint, or push what lora.merge saves."
+            )
+        if args.resume_from_checkpoint is None and Path(args.output_dir, "config.json").is_file():
+            raise ValueError(
+                f"output_dir {recipe.output_dir!r} holds a model, and an adapter saved beside it would be put on that: "
+                "take another folder"
+            )
         model = with_adapter(model, recipe.lora)
+        model.active_peft_config.base_model_name_or_path = base  # a folder as an absolute path
     if args.process_index == 0:
         print("\n".join(f"{name}: {cut}" for name, (_, cut) in data.items()))
     return trainer(
@@ -103,13 +118,17 @@ def answer(recipe: FinetuneRecipe, trainer: NanoDeepSeekTrainer):
         messages = [{"role": "user", "content": recipe.prompt}]
         print(talk(messages, max_new_tokens=96, do_sample=False)[0]["generated_text"][-1]["content"])
     if recipe.lora is not None and recipe.lora.merge:
-        merge(trainer, f"{recipe.output_dir}/merged")
+        merge(recipe, f"{recipe.output_dir}/merged", trainer.processing_class)
 
 
-def merge(trainer: NanoDeepSeekTrainer, folder: str):
-    """Saves the model with the adapter in its weights, a checkpoint like any other. Ends the trainer's use."""
-    trainer.model.merge_and_unload().save_pretrained(folder)
-    trainer.processing_class.save_pretrained(folder)
+def merge(recipe: FinetuneRecipe, folder: str, tokenizer: PreTrainedTokenizerBase):
+    """Saves the model with the saved adapter in its weights, a checkpoint like any other. Not the trainer's own model:
+    that is saved again when it is pushed."""
+    from peft import PeftModel
+
+    model = pretrain.load_model(recipe, tokenizer)
+    PeftModel.from_pretrained(model, recipe.output_dir).merge_and_unload().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     print(f"merged: {folder}")
 
 

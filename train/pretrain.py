@@ -40,7 +40,13 @@ def training_arguments(recipe: Recipe, kind: type[TrainingArguments] = TrainingA
     bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and multiplies_bf16(device))
     settings = {"report_to": ["tensorboard"], "remove_unused_columns": False, "label_names": ["labels"]}
     settings |= {"bf16": bf16, "use_cpu": on_cpu}  # bf16 on a CPU must be asked for by name
-    return kind(output_dir=recipe.output_dir, **settings | more | recipe.trainer)
+    args = kind(output_dir=recipe.output_dir, **settings | more | recipe.trainer)
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"{args.n_gpu} GPUs in one process would share it by nn.DataParallel, which loses the experts' load: start "
+            "one for each (accelerate launch --multi_gpu), or set CUDA_VISIBLE_DEVICES to one"
+        )
+    return args
 
 
 def load_data(recipe: Recipe):

@@ -139,6 +139,7 @@ class NanoDeepSeekTrainer(AtomicCheckpoints, Trainer):
         self._terms: dict[str, list[torch.Tensor]] = {}
         self._tokens = self._steps = 0
         self._since: float | None = None
+        self._batches: list[tuple[dict, torch.Tensor]] = []  # inputs and losses since the last step
         self._flops_per_token = training_flops_per_token(self.model.config, recipe.data.sequence_length)
         dtype = torch.bfloat16 if self.args.bf16 else torch.float32
         self._peak = matmul_peak(self.args.device, dtype) * self.args.world_size
@@ -179,9 +180,10 @@ class NanoDeepSeekTrainer(AtomicCheckpoints, Trainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if self.accelerator.sync_gradients:  # on all ranks then, before what is not finite reaches a weight
-            scaled = self.accelerator.scaler is not None
-            check_finite(model, self._prepare_inputs(inputs), loss, self.state.global_step + 1, scaled)
+        self._batches.append((inputs, loss))
+        if self.accelerator.sync_gradients:  # before what is not finite reaches a weight
+            batches, self._batches = self._batches, []
+            check_finite(self.accelerator, model, batches, self.state.global_step + 1, self._prepare_inputs)
         return loss
 
     def log(self, logs: dict[str, float], *args, **kwargs):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accelerate import Accelerator
 from transformers import TrainerCallback
 
 from tests.train.test_trainer import build
@@ -56,12 +57,28 @@ def test_scaled_gradients_may_overflow():
     model = torch.nn.Linear(2, 1)
     model(torch.ones(1, 2)).sum().backward()
     model.weight.grad.fill_(float("inf"))
-    fine, nan = torch.tensor(1.0), torch.tensor(float("nan"))
-    check_finite(model, {}, fine, step=1, scaled=True)
+    fine, nan = ({}, torch.tensor(1.0)), ({"input": torch.full((1, 2), float("nan"))}, torch.tensor(float("nan")))
+    accelerator = Accelerator(cpu=True)
     with pytest.raises(NonFiniteError, match="gradients are not finite: weight"):
-        check_finite(model, {}, fine, step=1)
+        check_finite(accelerator, model, [fine], step=1)
+    accelerator.scaler = object()
+    check_finite(accelerator, model, [fine], step=1)
     with pytest.raises(NonFiniteError, match="the loss is nan"):
-        check_finite(model, {"input": torch.full((1, 2), float("nan"))}, nan, step=1, scaled=True)
+        check_finite(accelerator, model, [nan, fine], step=1)
+
+
+def test_an_earlier_micro_batch_is_named(tiny_recipe):
+    """The first of two is wrong, and the second's loss is fine."""
+    trainer = build(tiny_recipe(trainer={"report_to": [], "gradient_accumulation_steps": 2}))
+    forwards = []
+
+    def spoil(module, args, output):
+        forwards.append(1)
+        return output * float("nan") if len(forwards) in (3, 5) else output  # the second step's first, and its search
+
+    trainer.model.model.layers[1].mlp.shared_experts.register_forward_hook(spoil)
+    with pytest.raises(NonFiniteError, match=r"step 2: the loss is nan, first in .*layers\.1\.mlp\.shared_experts"):
+        trainer.train()
 
 
 def test_what_is_finite_passes(tiny_recipe):
