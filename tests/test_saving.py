@@ -64,7 +64,7 @@ def test_killed_at_every_change_of_the_disk(old_form, new_form, tmp_path, monkey
     seen, versions = [], [as_others_read(kept)]
     new.save_pretrained(folder, **new_form)
     versions.append(as_others_read(folder))
-    for step in range(100):
+    for step in range(200):
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(kept, folder)
         if not killed(lambda: new.save_pretrained(folder, **new_form), at_change(step, folder)):
