@@ -114,7 +114,7 @@ def write(folder, family: str, fp8: str | None = None, shards: int = 3, seed: in
             original = "lm_head.weight" if "shared_head" in name else "model.embed_tokens.weight"
             stored[name] = stored[original].clone()
         elif fp8 and is_fp8(name):
-            weight = (torch.randn(shape) * 100).to(torch.float8_e4m3fn)
+            weight = (torch.randn(shape) * 100).clamp(-448, 448).to(torch.float8_e4m3fn)
             scale = block_scales(shape, powers=fp8 == "ue8m0")
             stored |= {name: weight, f"{name}_scale_inv": scale}
             meant[name] = weight.float()
