@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
@@ -14,6 +15,7 @@ from modeling_nanodeepseek import (
     update_expert_bias,
 )
 from modeling_nanodeepseek.balancing import routers
+from modeling_nanodeepseek.stacking import CheckpointError
 from tests.conftest import SPARSE, assert_close, checkpoint_activations, rms_ratio, tiny_config, tiny_model, tokens
 
 peft = pytest.importorskip("peft", minversion="0.19.1")  # earlier, the experts' factors had another layout
@@ -260,6 +262,18 @@ def test_adapter_round_trip(kind, tmp_path):
     assert plain.state_dict().keys() == tiny_model(**settings).state_dict().keys()
     assert torch.equal(merged(ids).logits, plain(ids).logits)
     assert_close(expected, plain(ids).logits, 1e-5)
+
+
+def test_half_an_adapter_is_refused(tmp_path):
+    """transformers would log a table and go on with factors that do nothing."""
+    tiny_model().save_pretrained(tmp_path / "base")
+    adapted(AutoModelForCausalLM.from_pretrained(tmp_path / "base")).save_pretrained(tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    weights = load_file(file)
+    for kept in (dict(list(weights.items())[::2]), {}):
+        save_file(kept, file, metadata={"format": "pt"})
+        with pytest.raises(CheckpointError, match="the adapter lacks .*lora_"):
+            AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
 
 
 def test_experts_are_balanced_under_an_adapter():

@@ -286,3 +286,11 @@ def test_training_compiles_into_one_graph(dtype, threshold, fresh_compiler):
 def test_an_unknown_implementation_is_refused():
     with pytest.raises((ValueError, KeyError), match="fastest"):
         tiny_model().set_experts_implementation("fastest")
+
+
+@torch.no_grad()
+def test_a_module_runs_the_code_of_its_own_file(monkeypatch):
+    """A package and a copy loaded from the Hub, of another version, register the same name; the last one stays."""
+    moe, hidden = build("sorted_mm", torch.float32, True, 0.0)
+    monkeypatch.setattr(type(moe.experts), "sorted_mm", lambda self, hidden, *args: torch.zeros_like(hidden))
+    assert torch.equal(moe.eval()(hidden), moe.shared_experts(hidden))

@@ -4,6 +4,7 @@ import json
 import os
 import random
 from itertools import groupby
+from pathlib import Path
 
 import pytest
 import torch
@@ -268,6 +269,34 @@ def test_lora_trains_an_adapter_alone(recipe, base, tmp_path):
     changed, kept = dict(merged.named_parameters()), dict(plain.named_parameters())
     untouched = {name for name in kept if torch.equal(changed[name], kept[name])}
     assert all("norm" in name or "gate.weight" in name or "embed" in name or "lm_head" in name for name in untouched)
+
+
+def test_merging_leaves_the_trainers_adapter_alone(recipe, tmp_path):
+    """It is saved once more when it is pushed, which made it an empty one."""
+    run = recipe(lora={"rank": 4, "alpha": 8.0, "merge": True}, trainer={"max_steps": 2})
+    trainer = finetune.build_trainer(run)
+    trainer.train()
+    trainer.save_model()
+    before = load_file(tmp_path / "run" / "adapter_model.safetensors")
+    finetune.answer(run, trainer)
+    trainer.save_model()
+    after = load_file(tmp_path / "run" / "adapter_model.safetensors")
+    assert before and before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in before)
+    settings = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
+    assert Path(settings["base_model_name_or_path"]).is_absolute()
+
+
+def test_an_adapter_that_nobody_could_load_is_not_pushed(recipe):
+    run = recipe(lora={"rank": 4, "alpha": 8.0}, trainer={"push_to_hub": True, "hub_model_id": "me/adapter"})
+    with pytest.raises(ValueError, match="push_to_hub with the section lora is not possible"):
+        finetune.build_trainer(run)
+
+
+def test_an_adapter_is_not_saved_beside_another_model(recipe, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds a model, and an adapter saved beside it would be put on that"):
+        finetune.build_trainer(recipe(lora={"rank": 4, "alpha": 8.0}))
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
