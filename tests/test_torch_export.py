@@ -5,6 +5,7 @@ What torch.compile does is tested with generation and experts.
 
 import pytest
 import torch
+from packaging.version import Version
 from transformers import AutoModelForCausalLM
 
 from tests.conftest import SPARSE, assert_close, tiny_model, tokens
@@ -34,8 +35,14 @@ def assert_equal_logits(model, program, shape: tuple[int, int]):
         assert_close(expected, program.module()(input_ids=ids, use_cache=False).logits, 1e-5, str(shape))
 
 
+# What torch before 2.13 exports of these holds at the traced length alone.
+AT_ONE_LENGTH = ("gqa", "dsa, gathered") if Version(torch.__version__) < Version("2.13") else ()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_logits_at_other_lengths(kind, tmp_path):
+    if kind in AT_ONE_LENGTH:
+        pytest.skip(f"torch {torch.__version__} traces the length as a constant here")
     tiny_model(**KINDS[kind]).save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     program = exported(model, dynamic=True)
