@@ -10,6 +10,8 @@ of 576 rows in every layer) or takes another size without a word. So reading is 
 transformers' loader as if it held plain weights, and dequantises each when it is read.
 """
 
+from collections.abc import Callable
+
 import torch
 from safetensors import safe_open
 from torch import nn
@@ -23,8 +25,6 @@ E4M3 = torch.float8_e4m3fn
 BLOCK = (128, 128)
 SCALE = "_scale_inv"
 SCALE_DTYPES = ("F32", "BF16", "F8_E8M0", "U8")  # bytes are the exponents of powers of two
-# What official checkpoints hold unquantised, by the last part of the name of a linear layer.
-PLAIN_LINEARS = ("lm_head", "eh_proj", "weights_proj", "score")
 # Not kept in FP8: the absorbed attention reads this one as a matrix, at every token.
 DEQUANTIZED_LINEARS = ("kv_b_proj",)
 
@@ -148,12 +148,9 @@ def plain(weight, scale_inv, block: tuple[int, int]) -> LazyTensor:
     return LazyTensor(weight.get_shape(), lambda: dequantize(weight[...], scales(scale_inv[...]), block))
 
 
-def stacked(pieces: list[list], are_scales: bool) -> LazyTensor:
-    """Matrices of all experts as one tensor [E, parts * rows, columns], of pieces[e][part]."""
-    rows, columns = (pieces[0][0].get_shape() + [1])[:2]
-    read = (lambda part: scales(part[...])) if are_scales else (lambda part: part[...])
-    shape = len(pieces), len(pieces[0]) * rows, columns
-    return LazyTensor(shape, lambda: torch.stack([torch.cat([read(part) for part in expert]) for expert in pieces]))
+def joined(pieces: list[list], shape: tuple[int, ...], form) -> LazyTensor:
+    """A tensor of this shape, of the `form` of each of pieces[e][part]: all experts', or the one piece of a layer."""
+    return LazyTensor(shape, lambda: torch.cat([form(part[...]) for expert in pieces for part in expert]).view(shape))
 
 
 def weights_of(files: list[str], block: tuple[int, int], model: nn.Module) -> dict:
@@ -163,14 +160,13 @@ def weights_of(files: list[str], block: tuple[int, int], model: nn.Module) -> di
     they are, the experts' stacked, under the model's names.
     """
     slices = open_slices(files)
-    shown = {}
+    shown, on_disk = {}, owners_on_disk(model, slices)
     for owner, module in model.named_modules():
         if isinstance(module, (Fp8Linear, Fp8Experts)):
-            for buffer, pieces in module.names_on_disk(owner_on_disk(owner, model, slices)).items():
+            for buffer, pieces in module.names_on_disk(on_disk(owner)).items():
                 parts = [[slices.pop(name) for name in expert] for expert in pieces]
-                shape = getattr(module, buffer).shape
-                lazy = stacked(parts, buffer.endswith(SCALE))
-                shown[f"{owner}.{buffer}"] = LazyTensor(shape, lambda lazy=lazy, shape=shape: lazy[...].reshape(shape))
+                form = scales if buffer.endswith(SCALE) else lambda part: part
+                shown[f"{owner}.{buffer}"] = joined(parts, getattr(module, buffer).shape, form)
     for name, piece in slices.items():
         if name + SCALE in slices:
             shown[name] = plain(piece, slices[name + SCALE], block)
@@ -188,14 +184,12 @@ def open_slices(files: list[str]) -> dict:
     return slices
 
 
-def owner_on_disk(owner: str, model: nn.Module, present) -> str:
-    """A module's name in a checkpoint: one of the base model lacks the prefix of the full one, and the other way
-    round."""
+def owners_on_disk(model: nn.Module, present) -> Callable[[str], str]:
+    """Names of modules below the base model -> their names in a checkpoint: one of the base model lacks the prefix of
+    the full one, and the other way round."""
     prefix = f"{model.base_model_prefix}."
-    for form in (owner, prefix + owner, owner.removeprefix(prefix)):
-        if any(name.startswith(f"{form}.") for name in present):
-            return form
-    return owner
+    shown = prefix if any(name.startswith(prefix) for name in present) else ""
+    return lambda owner: shown + owner.removeprefix(prefix)
 
 
 # -- layers that keep FP8, for inference -------------------------------------------------------------------------------
@@ -277,6 +271,7 @@ class Fp8Experts(Fp32Buffers):
 def keep_fp8(model: nn.Module, files: list[str], block: tuple[int, int]):
     """Replaces, in a model without weights yet, the layers that are FP8 in `files` by such as keep it."""
     present = open_slices(files).keys()
+    on_disk = owners_on_disk(model, present)
     for owner, module in list(model.named_modules()):
         parent, _, name = owner.rpartition(".")
         kind = Fp8Linear if type(module) is nn.Linear and name not in DEQUANTIZED_LINEARS else None
@@ -284,7 +279,7 @@ def keep_fp8(model: nn.Module, files: list[str], block: tuple[int, int]):
         if kind is not None:
             with torch.device("meta"):
                 keeping = kind(module, block)
-            names = keeping.names_on_disk(owner_on_disk(owner, model, present))
+            names = keeping.names_on_disk(on_disk(owner))
             if all(part in present for pieces in names.values() for expert in pieces for part in expert):
                 setattr(model.get_submodule(parent), name, keeping)
     model._can_compile_fullgraph = False  # which experts are dequantised is known when they are chosen

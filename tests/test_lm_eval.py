@@ -29,28 +29,25 @@ QUESTIONS = [
     {"text": "over the lazy fox", "choices": [" jumps", " an evil queen", " brew"], "right": 2},
     {"text": "a dog", "choices": [" jumps over the quick brown fox", " makes"], "right": 1},
 ]
-CHOOSE = """
-task: choose
+TASK = """
+task: {name}
 dataset_path: json
 dataset_kwargs: {{data_files: {{test: {folder}/questions.jsonl}}, cache_dir: {folder}/datasets}}
 test_split: test
-output_type: multiple_choice
 doc_to_text: "{{{{text}}}}"
-doc_to_choice: "{{{{choices}}}}"
-doc_to_target: "{{{{right}}}}"
+"""
+CHOOSE = """
+output_type: multiple_choice
+doc_to_choice: "{{choices}}"
+doc_to_target: "{{right}}"
 target_delimiter: ""
-metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
+metric_list: [{metric: acc}, {metric: acc_norm}]
 """
 CONTINUE = """
-task: continue
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {folder}/questions.jsonl}}, cache_dir: {folder}/datasets}}
-test_split: test
 output_type: generate_until
-doc_to_text: "{{{{text}}}}"
-doc_to_target: "{{{{choices[right]}}}}"
-generation_kwargs: {{until: ["e"], max_gen_toks: 10, do_sample: false}}
-metric_list: [{{metric: exact_match}}]
+doc_to_target: "{{choices[right]}}"
+generation_kwargs: {until: ["e"], max_gen_toks: 10, do_sample: false}
+metric_list: [{metric: exact_match}]
 """
 
 
@@ -62,8 +59,8 @@ def folder(request, tmp_path_factory) -> Path:
     tiny_model(vocab_size=len(tokenizer), **ids, **request.param).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     (folder / "questions.jsonl").write_text("".join(json.dumps(question) + "\n" for question in QUESTIONS))
-    (folder / "choose.yaml").write_text(CHOOSE.format(folder=folder))
-    (folder / "continue.yaml").write_text(CONTINUE.format(folder=folder))
+    for name, kind in (("choose", CHOOSE), ("continue", CONTINUE)):
+        (folder / f"{name}.yaml").write_text(TASK.format(name=name, folder=folder) + kind)
     return folder
 
 
