@@ -15,7 +15,7 @@ from modeling_nanodeepseek.saving import SaveError
 from tests import official
 from tests.conftest import EARLIER_TRANSFORMERS, SPARSE, assert_close, tiny_config, tiny_model, tokens
 
-needs_v32 = pytest.mark.skipif(EARLIER_TRANSFORMERS, reason="before 5.23 transformers has another DeepseekV32, with other fields")
+needs_v32 = pytest.mark.skipif(EARLIER_TRANSFORMERS, reason="another DeepseekV32 before transformers 5.23")
 KINDS = {
     "v3": {},
     "no query latent": {"q_lora_rank": None},
@@ -41,7 +41,7 @@ def native(folder, dtype=torch.float64):
 @pytest.mark.parametrize("kind", KINDS)
 def test_native_classes_have_the_same_logits(kind, tmp_path):
     if kind == "v3.2" and EARLIER_TRANSFORMERS:
-        pytest.skip("before 5.23 transformers has another DeepseekV32, with other fields")
+        pytest.skip("another DeepseekV32 before transformers 5.23")
     model = tiny_model(**KINDS[kind]).double()
     assert export_native(model, tmp_path, dtype=torch.float64) == tmp_path
     theirs = native(tmp_path)
