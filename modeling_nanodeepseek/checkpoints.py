@@ -188,7 +188,7 @@ class CheckpointMixin:
             if absent:
                 raise CheckpointError(f"the adapter lacks {listed(absent)}: it is incomplete, or another model's")
             return loaded
-        if files and not load_config.is_quantized and not load_config.ignore_mismatched_sizes:
+        if files and not load_config.ignore_mismatched_sizes:
             problems = loading_problems(model, loaded[0], files)
             if problems:
                 raise CheckpointError(

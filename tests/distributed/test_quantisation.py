@@ -88,7 +88,7 @@ def work(rank: int, world: int, folder: str) -> list[dict]:
 
 def test_is_the_model_of_its_weights(tmp_path):
     pytest.importorskip("torchao.quantization", reason="pip install torchao")
-    for rank in processes.run(functools.partial(work, folder=str(tmp_path)), tmp_path):
+    for rank in processes.run(functools.partial(work, folder=str(tmp_path)), tmp_path, seconds=300):
         for (kind, name), found in zip(CASES, rank, strict=True):
             assert found["logits"] < 1e-5 and found["text"], (kind, name, found)
             assert found["gradients"] and max(found["gradients"].values()) < 1e-4, (kind, name, found["gradients"])
