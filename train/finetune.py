@@ -84,7 +84,7 @@ def build_trainer(recipe: FinetuneRecipe) -> NanoDeepSeekTrainer:
         data = load_data(recipe, tokenizer)
     set_seed(args.seed)
     if recipe.lora is not None:
-        base = pretrain.folder_or_name(recipe.model.checkpoint, "model.checkpoint")
+        base = pretrain.checkpoint_of(recipe)
         if args.push_to_hub and Path(base).is_dir():
             raise ValueError(
                 f"trainer.push_to_hub with the section lora is not possible: the adapter would name its model by a "
