@@ -16,6 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer, set_
 
 import modeling_nanodeepseek  # noqa: F401  (registers the model with AutoModelForCausalLM)
 
+from .adapters import base_of_adapter
+
 
 def number(kind: type, low: float, high: float = float("inf"), above: bool = False):
     """An argparse type: a number of this kind from `low` (or above it) to `high`."""
@@ -37,7 +39,7 @@ class Writer:
     """A model and its tokenizer, ready to continue texts.
 
     Args:
-        model: folder (or Hub name) of a checkpoint with its tokenizer.
+        model: folder (or Hub name) of a checkpoint with its tokenizer, or of an adapter.
         device: e.g. `cuda`; default a GPU if there is one.
         settings: for `generate()`: max_new_tokens, temperature, ...
     """
@@ -47,7 +49,9 @@ class Writer:
             place = torch.zeros(1, device=device or ("cuda" if torch.cuda.is_available() else "cpu")).device
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"--device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
-        self.tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left", trust_remote_code=False)
+        base = base_of_adapter(model)  # transformers puts the adapter on it; its tokenizer counts if there is no other
+        vocabulary = base if base and not Path(model, "tokenizer_config.json").is_file() else model
+        self.tokenizer = AutoTokenizer.from_pretrained(vocabulary, padding_side="left", trust_remote_code=False)
         self.model = AutoModelForCausalLM.from_pretrained(model, dtype="auto", trust_remote_code=False)  # nor ask
         self.model.to(place).eval()
         self.settings = settings
@@ -129,7 +133,7 @@ def complete_file(writer: Writer, source: Path, target: Path, batch_size: int) -
 
 def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="folder of a checkpoint")
+    parser.add_argument("--model", required=True, help="folder (or Hub name) of a checkpoint, or of a LoRA adapter")
     mode = parser.add_mutually_exclusive_group(required=True)
     mode.add_argument("--prompt", help="continue this text")
     mode.add_argument("--interactive", action="store_true", help="continue each line typed")

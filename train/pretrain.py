@@ -20,6 +20,7 @@ from modeling_nanodeepseek import NanoDeepSeekForCausalLM
 from modeling_nanodeepseek.saving import replacing
 
 from .accounting import count_parameters
+from .adapters import refuse_adapter
 from .checkpointing import STATE
 from .data import collate, hold_out, load_documents, pack
 from .hardware import keep_memory, multiplies_bf16, use_threads
@@ -66,10 +67,19 @@ def folder_or_name(path: str, field: str) -> str:
     return str(folder) if folder.is_dir() else path
 
 
+def checkpoint_of(recipe: Recipe) -> str | None:
+    """Folder or name of the model that the recipe starts from, if it does."""
+    if recipe.model.checkpoint is None:
+        return None
+    checkpoint = folder_or_name(recipe.model.checkpoint, "model.checkpoint")
+    refuse_adapter(checkpoint, "the start of a run (model.checkpoint)")
+    return checkpoint
+
+
 def load_tokenizer(recipe: Recipe, documents):
-    path = recipe.tokenizer.path or recipe.model.checkpoint
-    if path is not None:
-        return AutoTokenizer.from_pretrained(folder_or_name(path, "tokenizer.path or model.checkpoint"))
+    checkpoint, path = checkpoint_of(recipe), recipe.tokenizer.path
+    if path or checkpoint:
+        return AutoTokenizer.from_pretrained(folder_or_name(path, "tokenizer.path") if path else checkpoint)
 
     def texts():
         left = recipe.tokenizer.train_megabytes * 1e6
@@ -85,9 +95,7 @@ def load_tokenizer(recipe: Recipe, documents):
 def load_model(recipe: Recipe, tokenizer) -> NanoDeepSeekForCausalLM:
     """The model, checked against the tokenizer before anything is trained."""
     if recipe.model.checkpoint is not None:
-        model = NanoDeepSeekForCausalLM.from_pretrained(
-            folder_or_name(recipe.model.checkpoint, "model.checkpoint"), dtype=torch.float32
-        )
+        model = NanoDeepSeekForCausalLM.from_pretrained(checkpoint_of(recipe), dtype=torch.float32)
     else:
         ids = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
         model = build_model(recipe.model.config, recipe.model.variant, **ids | recipe.model.overrides)

@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerFast
 
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
 USER, ASSISTANT, SYSTEM = "<|user|>", "<|assistant|>", "<|system|>"
+ROLE_MARKERS = [USER, ASSISTANT, SYSTEM]
 FIM = ["<|fim_begin|>", "<|fim_hole|>", "<|fim_end|>"]
 
 # DeepSeek-V3's word boundaries, to the letter: llama.cpp recognises a tokenizer by how these cut a test text.
@@ -36,7 +37,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     Any text encodes and decodes back exactly. `<|bos|>` is put in front by default, as DeepSeek's tokenizers do.
     Raises: ValueError if the texts cannot supply so many tokens.
     """
-    special = [BOS, EOS, PAD, USER, ASSISTANT, SYSTEM, *FIM]
+    special = [BOS, EOS, PAD, *ROLE_MARKERS, *FIM]
     tokenizer = Tokenizer(models.BPE())
     splits = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in SPLITS]
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -64,7 +65,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         bos_token=BOS,
         eos_token=EOS,
         pad_token=PAD,
-        additional_special_tokens=[USER, ASSISTANT, SYSTEM, *FIM],
+        additional_special_tokens=[*ROLE_MARKERS, *FIM],
         add_bos_token=True,
         clean_up_tokenization_spaces=False,
         chat_template=CHAT_TEMPLATE,

@@ -13,6 +13,7 @@ from transformers.trainer_callback import ExportableState, ProgressCallback
 
 from modeling_nanodeepseek import LoadBalancingCallback
 from modeling_nanodeepseek.mtp import further_targets
+from modeling_nanodeepseek.remote_code import LICENSE
 from modeling_nanodeepseek.saving import replacing
 
 from .accounting import training_flops_per_token
@@ -283,6 +284,7 @@ class NanoDeepSeekTrainer(AtomicCheckpoints, Trainer):
     def _push_from_checkpoint(self, checkpoint_folder: str):
         # transformers moves config and weights up to what it uploads, and not the code that config.json names.
         if self.is_world_process_zero():
-            for file in Path(checkpoint_folder).glob("*.py"):
+            folder = Path(checkpoint_folder)
+            for file in (*folder.glob("*.py"), *folder.glob(LICENSE)):
                 shutil.copyfile(file, Path(self.args.output_dir, file.name))
         super()._push_from_checkpoint(checkpoint_folder)

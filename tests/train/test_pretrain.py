@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments, pipeline
 
 from tests.small_run import text
 from train import pretrain
@@ -45,6 +45,14 @@ def test_continuing_from_a_checkpoint(tiny_recipe, tmp_path):
     )
     second.model.config, second.model.overrides, second.model.checkpoint = None, {}, str(tmp_path / "run")
     assert pretrain.run(second)["eval_loss"] < first["eval_loss"]
+
+
+def test_two_gpus_in_one_process_are_refused(tiny_recipe, tmp_path, monkeypatch):
+    """Trainer would share them by nn.DataParallel. Said before anything is read or written."""
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda args: 2))
+    with pytest.raises(ValueError, match=r"2 GPUs in one process .*nn\.DataParallel.*accelerate launch --multi_gpu"):
+        pretrain.run(tiny_recipe(trainer={"max_steps": 1}, data={"source": str(tmp_path / "nowhere")}))
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_command(tiny_recipe, tmp_path):
