@@ -17,6 +17,7 @@ from transformers import Trainer
 from modeling_nanodeepseek import NanoDeepSeekConfig
 
 from .accounting import count_parameters
+from .fp8 import precision_of
 from .optimizers import parameter_groups
 from .recipe import FinetuneRecipe, Recipe, resolve
 
@@ -219,7 +220,7 @@ def training_rows(trainer: Trainer) -> dict[str, Any]:
             f"biases by {recipe.balance.gamma:g} a step until {recipe.balance.freeze_at:.0%}; sequence-wise loss "
             f"times {trainer.model.config.aux_loss_alpha:g}"
         )
-    rows["precision, seed"] = f"{'bf16' if args.bf16 else 'fp32'}, {args.seed}"
+    rows["precision, seed"] = f"{precision_of(args, recipe.precision)}, {args.seed}"
     return rows
 
 
