@@ -13,8 +13,8 @@ from modeling_nanodeepseek import NanoDeepSeekForCausalLM
 from tests.conftest import assert_close, checkpoint_activations, rms_ratio, tiny_model, tokens
 from tests.small_run import TINY_MODEL
 from train import fp8, pretrain
-from train.fp8 import Fp8BlockLinear, Fp8Product, convert_to_fp8, fp8_modules
-from train.recipe import REPOSITORY, FinetuneRecipe, load_recipe, load_recipe
+from train.fp8 import Fp8BlockLinear, Fp8Product, convert_to_fp8, fp8_modules, trains_in_fp8
+from train.recipe import REPOSITORY, FinetuneRecipe, load_recipe
 
 V32 = {"num_nextn_predict_layers": 1, "index_topk": 6, "index_n_heads": 2, "index_head_dim": 10}
 GQA = {"attention_type": "gqa", "num_key_value_heads": 1, "head_dim": 12, "n_routed_experts": None}
@@ -270,7 +270,7 @@ def test_a_run(stage, tiny_recipe, capsys, tmp_path):
     metrics = pretrain.run(tiny_recipe(model=model, precision="fp8", trainer=trainer))
     printed = capsys.readouterr().out
     assert "fp8, fp32 outside its products" in printed or "fp8, bf16 outside its products" in printed
-    assert "FP8: 27 linear layers, 2 stacks of experts; " in printed
+    assert "FP8: 30 linear layers, 2 stacks of experts; " in printed
     loaded = NanoDeepSeekForCausalLM.from_pretrained(tmp_path / "run")
     assert not [m for m in loaded.modules() if isinstance(m, Fp8BlockLinear)]
     assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
@@ -296,17 +296,17 @@ def test_the_launch_file_leads_to_the_same_conversion(tiny_recipe, monkeypatch):
     assert settings["mixed_precision"] == "fp8"
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", settings["mixed_precision"])
     monkeypatch.setenv("ACCELERATE_FP8_BACKEND", settings["fp8_config"]["backend"])
-    model = {"overrides": SPARSE_MTP}
-    for precision in ("auto", "fp8"):
-        recipe = tiny_recipe(model=model, precision=precision, trainer={"max_steps": 1})
-        trainer = pretrain.build_trainer(recipe, pretrain.training_arguments(recipe))
-        listed = [name for name in fp8_modules(trainer.model) if not name.endswith(".experts")]
-        trainer.train()
-        kinds = {n: type(m) for n, m in trainer.model.named_modules() if isinstance(m, nn.Linear)}
-        assert [name for name, kind in kinds.items() if kind is Fp8BlockLinear] == listed
-        homes = {kind.__module__.partition(".")[0] for kind in kinds.values()}
-        assert homes == {"torch", "modeling_nanodeepseek", "train"}
-        assert trainer.accelerator.mixed_precision == "fp8" and 0 < trainer.evaluate()["eval_loss"] < 10
+    recipe = tiny_recipe(model={"overrides": SPARSE_MTP}, trainer={"max_steps": 1})
+    assert recipe.precision == "auto"
+    trainer = pretrain.build_trainer(recipe, pretrain.training_arguments(recipe))
+    listed = [name for name in fp8_modules(trainer.model) if not name.endswith(".experts")]
+    trainer.train()
+    kinds = {n: type(m) for n, m in trainer.model.named_modules() if isinstance(m, nn.Linear)}
+    assert [name for name, kind in kinds.items() if kind is Fp8BlockLinear] == listed
+    homes = {kind.__module__.partition(".")[0] for kind in kinds.values()}
+    assert homes == {"torch", "modeling_nanodeepseek", "train"}
+    assert trainer.accelerator.mixed_precision == "fp8" and 0 < trainer.evaluate()["eval_loss"] < 10
+    assert trains_in_fp8("fp8")
     with pytest.raises(ValueError, match="mixed_precision: fp8, the recipe precision: bf16"):
         pretrain.training_arguments(tiny_recipe(precision="bf16"))
     monkeypatch.setenv("ACCELERATE_FP8_BACKEND", "TE")
