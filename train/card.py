@@ -19,6 +19,7 @@ from modeling_nanodeepseek import NanoDeepSeekConfig
 from modeling_nanodeepseek.remote_code import LICENSE
 
 from .accounting import count_parameters
+from .fp8 import precision_of
 from .optimizers import parameter_groups
 from .recipe import FinetuneRecipe, Recipe, resolve
 
@@ -219,7 +220,7 @@ def training_rows(trainer: Trainer) -> dict[str, Any]:
         balance = recipe.balance
         biases = f"biases by {balance.gamma:g} a step until {balance.freeze_at:.0%}" if balance.gamma else "biases rest"
         rows["balancing"] = f"{biases}; sequence-wise loss times {config.aux_loss_alpha:g}"
-    rows["precision, seed"] = f"{'bf16' if args.bf16 else 'fp32'}, {args.seed}"
+    rows["precision, seed"] = f"{precision_of(args, recipe.precision)}, {args.seed}"
     return rows
 
 

@@ -23,6 +23,7 @@ from .accounting import count_parameters
 from .adapters import refuse_adapter
 from .checkpointing import STATE
 from .data import collate, hold_out, load_documents, pack
+from .fp8 import convert_to_fp8, describe_fp8, launched_in_fp8, precision_of, trains_in_fp8
 from .hardware import keep_memory, multiplies_bf16, use_threads
 from .models import build_model
 from .optimizers import parameter_groups
@@ -38,7 +39,9 @@ def training_arguments(recipe: Recipe, kind: type[TrainingArguments] = TrainingA
         raise ValueError(f"output_dir {recipe.output_dir!r} is a file; a folder is needed")
     on_cpu = recipe.trainer.get("use_cpu", False) or not torch.accelerator.is_available()
     device = torch.device("cpu") if on_cpu else torch.accelerator.current_accelerator()
-    bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and multiplies_bf16(device))
+    fp8 = trains_in_fp8(recipe.precision)
+    bf16 = recipe.precision == "bf16" or (recipe.precision in ("auto", "fp8") and multiplies_bf16(device))
+    bf16 = bf16 and not (fp8 and launched_in_fp8())  # accelerate's fp8 is bf16 outside the products
     settings = {"report_to": ["tensorboard"], "remove_unused_columns": False, "label_names": ["labels"]}
     settings |= {"bf16": bf16, "use_cpu": on_cpu}  # bf16 on a CPU must be asked for by name
     args = kind(output_dir=recipe.output_dir, **settings | more | recipe.trainer)
@@ -116,7 +119,7 @@ def load_model(recipe: Recipe, tokenizer) -> NanoDeepSeekForCausalLM:
     if recipe.data.sequence_length > config.max_position_embeddings:
         length, limit = recipe.data.sequence_length, config.max_position_embeddings
         raise ValueError(f"data.sequence_length={length} exceeds the model's max_position_embeddings={limit}")
-    return model
+    return convert_to_fp8(model, recipe.fp8_scales == "ue8m0") if trains_in_fp8(recipe.precision) else model
 
 
 def enter_stage(model: NanoDeepSeekForCausalLM, section: ModelSection) -> NanoDeepSeekForCausalLM:
@@ -171,7 +174,7 @@ def describe(trainer: NanoDeepSeekTrainer) -> str:
     """What is about to run: model, data, machine, and each parameter group with its optimizer and rate."""
     args, counts = trainer.args, count_parameters(trainer.model.config)
     rows, held_out = len(trainer.train_dataset), len(trainer.eval_dataset)
-    length, precision = trainer.recipe.data.sequence_length, "bf16" if args.bf16 else "fp32"
+    length, precision = trainer.recipe.data.sequence_length, precision_of(args, trainer.recipe.precision)
     further = f"; {counts['mtp']:,} more for multi-token prediction" if counts["mtp"] else ""
     groups = [
         f"{group['name']} {sum(p.numel() for p in group['params']):,} by {'Muon' if group['muon'] else 'AdamW'}"
@@ -184,6 +187,7 @@ def describe(trainer: NanoDeepSeekTrainer) -> str:
         f"data: {rows:,} training and {held_out:,} validation rows of {length} tokens\n"
         f"machine: {args.device}, {precision}, {torch.get_num_threads()} threads\n"
         f"optimizer: {'; '.join(groups)}"
+        + (f"\n{describe_fp8(trainer.model, args.device)}" if trains_in_fp8(trainer.recipe.precision) else "")
     )
 
 

@@ -188,7 +188,9 @@ class Recipe(Section):
     schedule: ScheduleSection = Field(default_factory=ScheduleSection)
     balance: BalanceSection = Field(default_factory=BalanceSection)
     mtp: MtpSection | None = None  # for a model with num_nextn_predict_layers; default: its config's mtp_loss_coef
-    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the hardware multiplies it natively
+    # auto: bf16 where the hardware multiplies it natively; fp8: the same, the products of linear layers in FP8 blocks
+    precision: Literal["auto", "bf16", "fp32", "fp8"] = "auto"
+    fp8_scales: Literal["fp32", "ue8m0"] = "fp32"  # ue8m0: powers of two
     card: CardSection = Field(default_factory=CardSection)
     threads: int | None = Field(default=None, ge=1)  # CPU threads; default: this process's share of the cores
     prompt: str | None = None  # text to continue when the run has ended
@@ -235,6 +237,12 @@ class Recipe(Section):
             )
         return value
 
+    @model_validator(mode="after")
+    def scales_go_with_fp8(self):
+        if self.fp8_scales != "fp32" and self.precision in ("bf16", "fp32"):
+            raise ValueError(f"fp8_scales={self.fp8_scales!r} goes with precision: fp8, and that is {self.precision!r}")
+        return self
+
 
 class FinetuneRecipe(Recipe):
     """A recipe for `train.finetune`: a checkpoint and conversations."""
@@ -256,6 +264,8 @@ class FinetuneRecipe(Recipe):
             return self
         if self.optimizer.name != "adamw":
             raise ValueError("lora needs optimizer.name=adamw: Muon is for whole matrices, not for the factors of one")
+        if self.precision == "fp8":
+            raise ValueError("precision: fp8 is for training whole weights; with lora use bf16, fp32 or auto")
         if self.balance.gamma:
             raise ValueError(
                 f"balance.gamma={self.balance.gamma:g} is not possible with lora: the routers' biases are the model's, "

@@ -20,6 +20,7 @@ from .accounting import training_flops_per_token
 from .card import model_card
 from .checkpointing import AtomicCheckpoints
 from .faults import check_finite
+from .fp8 import convert_no_further
 from .hardware import matmul_peak
 from .optimizers import build_optimizer
 from .recipe import MtpSection, Recipe, ScheduleSection
@@ -142,8 +143,12 @@ class NanoDeepSeekTrainer(AtomicCheckpoints, Trainer):
         self._since: float | None = None
         self._batches: list[tuple[dict, torch.Tensor]] = []  # inputs and losses since the last step
         self._flops_per_token = training_flops_per_token(self.model.config, recipe.data.sequence_length)
-        dtype = torch.bfloat16 if self.args.bf16 else torch.float32
+        dtype = torch.float32 if self.args.mixed_precision == "no" else torch.bfloat16
         self._peak = matmul_peak(self.args.device, dtype) * self.args.world_size
+
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        convert_no_further(self.accelerator)
 
     @property
     def clock(self) -> Clock:
