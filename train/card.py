@@ -18,7 +18,7 @@ from modeling_nanodeepseek import NanoDeepSeekConfig
 
 from .accounting import count_parameters
 from .optimizers import parameter_groups
-from .recipe import FinetuneRecipe, Recipe, resolve
+from .recipe import FinetuneRecipe, Recipe, ScheduleSection, resolve
 
 # Names by which `datasets` reads files of one's own: no data sets of the Hub.
 FILE_READERS = {"arrow", "audiofolder", "csv", "imagefolder", "json", "pandas", "parquet", "sql", "text", "webdataset"}
@@ -129,13 +129,14 @@ def hub_datasets(source) -> list[str]:
     """The data sets of a source that `datasets` loads by their name on the Hub."""
     if isinstance(source, list):
         return list(dict.fromkeys(name for part in source for name in hub_datasets(part)))
-    name = str(source["dataset"]) if isinstance(source, dict) else ""
+    name = str(source.get("dataset", "")) if isinstance(source, dict) else ""
     on_hub = HUB_ID.fullmatch(name) and name not in FILE_READERS and not Path(name).exists()
     return [name] if on_hub else []
 
 
 WORDS = {
     "stdlib": "the source of Python's standard library",
+    "synthetic": "synthetic documents",
     "docstrings": "what functions of Python's standard library do, asked and answered from their docstrings",
 }
 
@@ -144,6 +145,8 @@ def describe_source(source) -> str:
     """A data source in words, escaped."""
     if isinstance(source, list):
         return "; ".join(describe_source(part) for part in source)
+    if isinstance(source, dict) and "synthetic" in source:
+        return f"synthetic documents, kind {code(str(source['synthetic']))}"
     if isinstance(source, dict):
         name = hub_datasets(source)[0] if hub_datasets(source) else Path(str(source["dataset"])).name
         chosen = [f"{key} {code(str(source[key]))}" for key in ("name", "revision", "split") if source.get(key)]
@@ -185,11 +188,23 @@ def size_rows(config: NanoDeepSeekConfig, counts: dict[str, int]) -> dict[str, A
     return rows
 
 
+def describe_schedule(schedule: ScheduleSection) -> str:
+    steps = schedule.warmup_steps
+    warmup = f"warm-up over {schedule.warmup:.0%}" if steps is None else f"warm-up over {steps:,} steps"
+    if schedule.kind == "trapezoid":
+        return f"{warmup}, decay over {schedule.decay:.0%} to {schedule.final:g}"
+    return (
+        f"{warmup}, constant until {schedule.constant_until:.1%}, cosine to {schedule.floor:g} until "
+        f"{schedule.cosine_until:.1%}, {schedule.tail:.3g} from {schedule.tail_from:.1%}"
+    )
+
+
 def training_rows(trainer: Trainer) -> dict[str, Any]:
     recipe, args, state = trainer.recipe, trainer.args, trainer.state
     rows_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    length, steps = recipe.data.sequence_length, state.global_step
-    passes = last(state.log_history, "epoch")
+    length, steps, plan = recipe.data.sequence_length, state.global_step, trainer.plan
+    rows_seen = steps * rows_per_step if plan is None else plan.rows[min(steps, len(plan.rows) - 1)]
+    passes = last(state.log_history, "epoch") if plan is None else None
     optimizers = "; ".join(
         f"{group['name']} by {'Muon' if group['muon'] else 'AdamW'} at {group['lr']:g}"
         for group in parameter_groups(trainer.model, recipe.optimizer)
@@ -204,14 +219,16 @@ def training_rows(trainer: Trainer) -> dict[str, Any]:
             rows["LoRA"] = f"rank {recipe.lora.rank}, alpha {recipe.lora.alpha:g}; the weights of the base stay"
     else:
         rows["tokens seen"] = (
-            f"{steps * rows_per_step * length:,}: {steps:,} steps of {rows_per_step} rows of {length:,}"
+            f"{rows_seen * length:,}: {steps:,} steps of {rows_per_step} rows of {length:,}"
+            if rows_seen == steps * rows_per_step
+            else f"{rows_seen * length:,}: {steps:,} steps of up to {rows_per_step} rows of {length:,}"
         )
     if passes is not None:
         rows["passes over the data"] = f"{passes:.3g}"
     rows |= {
         "optimizer": optimizers,
         "betas, weight decay": f"{recipe.optimizer.betas}, {recipe.optimizer.weight_decay:g} on matrices",
-        "schedule": f"warm-up over {schedule.warmup:.0%}, decay over {schedule.decay:.0%} to {schedule.final:g}",
+        "schedule": describe_schedule(schedule),
         "gradient norm at most": f"{args.max_grad_norm:g}",
     }
     if trainer.model.config.n_routed_experts:
@@ -299,10 +316,13 @@ def model_card(trainer: Trainer) -> ModelCard:
     kind = "conversations" if chats else "documents"
     held_out = f"{recipe.data.validation_share:.1%} of the {kind}, chosen by the hash of their names"
     validation = recipe.data.validation
+    if not chats and recipe.data.held_out_documents:
+        held_out = f"the first {recipe.data.held_out_documents:,} documents"
     data["held out"] = held_out if validation is None else describe_source(validation)
     length = recipe.data.sequence_length
-    rows, further = len(trainer.train_dataset), len(trainer.eval_dataset)
-    data["rows"] = f"{rows:,} for training, {further:,} held out, of {'at most ' if chats else ''}{length:,} tokens"
+    rows = f"{len(trainer.train_dataset):,}" if trainer.plan is None else "a stream"
+    further = f"{len(trainer.eval_dataset):,} held out"
+    data["rows"] = f"{rows} for training, {further}, of {'at most ' if chats else ''}{length:,} tokens"
     data["tokenizer"] = f"{len(trainer.processing_class):,} tokens"
     results = {words: f"{last(history, key):.4f}" for key, words in RESULTS.items() if last(history, key) is not None}
     counts = count_parameters(config)
