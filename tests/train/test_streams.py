@@ -5,10 +5,10 @@ from itertools import islice
 
 import pytest
 import torch
+from accelerate.data_loader import IterableDatasetShard
 from datasets import Dataset
 from torch.utils.data import DataLoader
 
-from accelerate.data_loader import IterableDatasetShard
 from tests.small_run import small_tokenizer, text
 from train import data, streams
 from train.data import Packer, load_documents, pack
@@ -46,13 +46,13 @@ def test_a_stream_has_the_rows_that_packing_makes(parquet):
     packed = pack(documents.select(range(5, len(documents))), small_tokenizer(), 32, fim_rate=0.3)
     rows = ids(islice(stream(parquet, fim_rate=0.3), 2 * len(packed)))
     first, second = rows[: len(packed)], rows[len(packed) :]
-    assert sorted(first) == sorted(second) == sorted(ids(packed)) and len(first) > 60
+    assert sorted(first) == sorted(second) == sorted(ids(packed)) and len(first) > 40
     assert first != second and first != ids(packed)
 
 
 def test_a_stream_goes_on_from_any_position(parquet):
     """Through JSON, across shards of the source and its end, and from a position that was itself gone on from."""
-    whole = ids(islice(stream(parquet), 300))
+    whole = ids(islice(stream(parquet), 340))
     for taken in [*range(0, 40, 3), 131, 200, 280]:
         running = stream(parquet)
         list(islice(running, taken + 5))  # a data loader reads ahead
