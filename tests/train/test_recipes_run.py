@@ -37,7 +37,7 @@ def test_longer_contexts_one_after_the_other(shipped, tmp_path):
     def data(**more):
         return {
             "source": {"synthetic": "needle", "documents": 400, **more},
-            "validation": {"synthetic": "needle", "documents": 4},
+            "validation": {"synthetic": "needle", "documents": 12},
         }
 
     shipped("needle", data=data(words=96))
