@@ -37,7 +37,9 @@ def fact(key: str, value: str) -> str:
 
 
 def needle(chooser: random.Random, words: int) -> str:
-    """Facts at random places in filler, one to four of them, and all of them again at the end in another order."""
+    """Facts at random places in filler, one to four of them, and all of them again at the end in another order. From a
+    quarter of `words` to all of them: a model that only sees one length finds facts at that length alone."""
+    words = chooser.randint(words // 4, words)
     facts = [fact(*pair) for pair in zip(chooser.sample(KEYS, chooser.randint(1, 4)), chooser.sample(VALUES, 4))]
     sentences: list[str] = []
     left = words - 2 * sum(len(sentence.split()) for sentence in facts)

@@ -132,7 +132,7 @@ def test_synthetic_documents(kind):
     documents = load_documents(source)
     assert documents["text"][:9] == load_documents(source | {"documents": 9})["text"][:]
     assert not set(documents["text"]) & set(load_documents(source | {"seed": 1})["text"])
-    assert all(30 < len(text.split()) < 90 for text in documents["text"])
+    assert all(10 < len(text.split()) < 90 for text in documents["text"])
 
 
 def test_synthetic_documents_have_their_structure():
