@@ -21,7 +21,7 @@ from modeling_nanodeepseek.remote_code import LICENSE
 from .accounting import count_parameters
 from .fp8 import precision_of
 from .optimizers import parameter_groups
-from .recipe import FinetuneRecipe, Recipe, resolve
+from .recipe import FinetuneRecipe, Recipe, ScheduleSection, resolve
 
 # Names by which `datasets` reads files of one's own: no data sets of the Hub.
 FILE_READERS = {"arrow", "audiofolder", "csv", "imagefolder", "json", "pandas", "parquet", "sql", "text", "webdataset"}
@@ -132,13 +132,14 @@ def hub_datasets(source) -> list[str]:
     """The data sets of a source that `datasets` loads by their name on the Hub."""
     if isinstance(source, list):
         return list(dict.fromkeys(name for part in source for name in hub_datasets(part)))
-    name = str(source["dataset"]) if isinstance(source, dict) else ""
+    name = str(source.get("dataset", "")) if isinstance(source, dict) else ""
     on_hub = HUB_ID.fullmatch(name) and name not in FILE_READERS and not Path(name).exists()
     return [name] if on_hub else []
 
 
 WORDS = {
     "stdlib": "the source of Python's standard library",
+    "synthetic": "synthetic documents",
     "docstrings": "what functions of Python's standard library do, asked and answered from their docstrings",
 }
 
@@ -147,6 +148,8 @@ def describe_source(source, files: str = "text") -> str:
     """A data source in words, escaped; `files` says what files hold."""
     if isinstance(source, list):
         return "; ".join(describe_source(part, files) for part in source)
+    if isinstance(source, dict) and "synthetic" in source:
+        return f"synthetic documents, kind {code(str(source['synthetic']))}"
     if isinstance(source, dict):
         name = hub_datasets(source)[0] if hub_datasets(source) else Path(str(source["dataset"])).name
         chosen = [f"{key} {code(str(source[key]))}" for key in ("name", "revision", "split") if source.get(key)]
@@ -196,10 +199,21 @@ def size_rows(config: NanoDeepSeekConfig, counts: dict[str, int]) -> dict[str, A
     return rows
 
 
+def describe_schedule(schedule: ScheduleSection) -> str:
+    steps = schedule.warmup_steps
+    warmup = f"warm-up over {schedule.warmup:.0%}" if steps is None else f"warm-up over {steps:,} steps"
+    if schedule.kind == "trapezoid":
+        return f"{warmup}, decay over {schedule.decay:.0%} to {schedule.final:g}"
+    return (
+        f"{warmup}, constant until {schedule.constant_until:.1%}, cosine to {schedule.floor:g} until "
+        f"{schedule.cosine_until:.1%}, {schedule.tail:.3g} from {schedule.tail_from:.1%}"
+    )
+
+
 def training_rows(trainer: Trainer) -> dict[str, Any]:
     """What all kinds of runs have."""
     recipe, args, config, rows = trainer.recipe, trainer.args, trainer.model.config, {}
-    passes = last(trainer.state.log_history, "epoch")
+    passes = last(trainer.state.log_history, "epoch") if trainer.plan is None else None
     if passes is not None:
         rows["passes over the data"] = f"{passes:.3g}"
     parameters = list(trainer.model.parameters())
@@ -212,9 +226,7 @@ def training_rows(trainer: Trainer) -> dict[str, Any]:
     rows["betas, weight decay"] = f"{recipe.optimizer.betas}, {recipe.optimizer.weight_decay:g} on matrices"
     schedule = recipe.schedule
     limit = f", of the steps or of {schedule.max_seconds:g} s, whatever ends first" if schedule.max_seconds else ""
-    rows["schedule"] = (
-        f"warm-up over {schedule.warmup:.0%}, decay over {schedule.decay:.0%} to {schedule.final:g}{limit}"
-    )
+    rows["schedule"] = describe_schedule(schedule) + limit
     rows["gradient norm at most"] = f"{args.max_grad_norm:g}"
     if config.n_routed_experts and not (config.index_topk is not None and config.dsa_stage == "warmup"):
         balance = recipe.balance
@@ -261,14 +273,16 @@ def origin(recipe: Recipe) -> str:
 
 
 def pretrained(trainer: Trainer, name: str) -> Kind:
-    recipe, steps, rows = trainer.recipe, trainer.state.global_step, rows_per_step(trainer)
+    recipe, steps, plan, rows = trainer.recipe, trainer.state.global_step, trainer.plan, rows_per_step(trainer)
     length = recipe.data.sequence_length
+    rows_seen = steps * rows if plan is None else plan.rows[min(steps, len(plan.rows) - 1)]
+    up_to = "" if rows_seen == steps * rows else "up to "
     return Kind(
         opening=f"A language model of {architecture(trainer.model.config)}, trained from {origin(recipe)}",
         use=LOAD.format(name=json.dumps(name)) + CONTINUE.format(prompt=json.dumps(recipe.prompt or "Once")),
         unit="documents",
         rows=f"{length:,} tokens",
-        seen={"tokens seen": f"{steps * rows * length:,}: {steps:,} steps of {rows} rows of {length:,}"},
+        seen={"tokens seen": f"{rows_seen * length:,}: {steps:,} steps of {up_to}{rows} rows of {length:,}"},
         tuned="It was not tuned for instructions or for safety",
         licences=f"The code beside them: {CODE_LICENCE}. The data has its own licence"
         + (", and so has the model that it started from." if recipe.model.checkpoint else "."),
@@ -332,11 +346,14 @@ def rows_per_step(trainer: Trainer) -> int:
 def data_rows(trainer: Trainer, kind: Kind) -> dict[str, str]:
     data, files = trainer.recipe.data, "text" if kind.unit == "documents" else kind.unit
     share = f"{data.validation_share:.1%} of the {kind.unit}, chosen by the hash of their names"
-    rows, further = len(trainer.train_dataset), len(trainer.eval_dataset)
+    if kind.unit == "documents" and data.held_out_documents:
+        share = f"the first {data.held_out_documents:,} {kind.unit}"
+    rows = f"{len(trainer.train_dataset):,}" if trainer.plan is None else "a stream"
+    further = len(trainer.eval_dataset)
     return {
         "source": describe_source(data.source, files),
         "held out": share if data.validation is None else describe_source(data.validation, files),
-        "rows": f"{rows:,} for training, {further:,} held out, of {kind.rows}",
+        "rows": f"{rows} for training, {further:,} held out, of {kind.rows}",
         "tokenizer": f"{len(trainer.processing_class):,} tokens",
     }
 

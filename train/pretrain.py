@@ -16,19 +16,20 @@ from accelerate import PartialState
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoTokenizer, TrainingArguments, pipeline, set_seed
 
-from modeling_nanodeepseek import NanoDeepSeekForCausalLM
+from modeling_nanodeepseek import NanoDeepSeekConfig, NanoDeepSeekForCausalLM
 from modeling_nanodeepseek.saving import replacing
 
 from .accounting import count_parameters
 from .adapters import refuse_adapter
 from .checkpointing import STATE
-from .data import collate, hold_out, load_documents, pack
+from .data import Packer, collate, hold_out, load_documents, pack
 from .fp8 import convert_to_fp8, describe_fp8, launched_in_fp8, precision_of, trains_in_fp8
 from .hardware import keep_memory, multiplies_bf16, use_threads
 from .models import build_model
 from .optimizers import parameter_groups
-from .recipe import ModelSection, Recipe, recipe_from_command_line, resolve
+from .recipe import ContextSection, ModelSection, Recipe, recipe_from_command_line, resolve
 from .report import plot_losses
+from .streams import RepeatedRows, RowStream, StreamedRows, first_documents, read, stream_documents
 from .tokenizer import train_tokenizer
 from .trainer import NanoDeepSeekTrainer
 
@@ -43,8 +44,10 @@ def training_arguments(recipe: Recipe, kind: type[TrainingArguments] = TrainingA
     bf16 = recipe.precision == "bf16" or (recipe.precision in ("auto", "fp8") and multiplies_bf16(device))
     bf16 = bf16 and not (fp8 and launched_in_fp8())  # accelerate's fp8 is bf16 outside the products
     settings = {"report_to": ["tensorboard"], "remove_unused_columns": False, "label_names": ["labels"]}
+    # Each process reads a stream by itself: what one reads for all cannot be joined where only some rows are padded.
+    accelerate = {"dispatch_batches": False} | (recipe.trainer.get("accelerator_config") or {})
     settings |= {"bf16": bf16, "use_cpu": on_cpu}  # bf16 on a CPU must be asked for by name
-    args = kind(output_dir=recipe.output_dir, **settings | more | recipe.trainer)
+    args = kind(output_dir=recipe.output_dir, **settings | more | recipe.trainer | {"accelerator_config": accelerate})
     if args.n_gpu > 1:
         raise ValueError(
             f"{args.n_gpu} GPUs in one process would share it by nn.DataParallel, which loses the experts' load: start "
@@ -54,12 +57,34 @@ def training_arguments(recipe: Recipe, kind: type[TrainingArguments] = TrainingA
 
 
 def load_data(recipe: Recipe):
-    """The training and validation documents."""
+    """The training and validation documents; a stream of the former where the recipe wants one."""
     data = recipe.data
-    documents = load_documents(data.source, data.text_field)
+    if data.streaming:
+        documents = stream_documents(data.source, data.text_field)
+        if data.validation is not None:
+            return documents, load_documents(data.validation, data.text_field)
+        return documents, first_documents(documents, data.validation_documents)
+    documents = load_documents(data.source, data.text_field, data.document_start)
     if data.validation is not None:
-        return documents, load_documents(data.validation, data.text_field)
+        return documents, load_documents(data.validation, data.text_field, data.document_start)
     return hold_out(documents, data.validation_share)
+
+
+def training_rows(recipe: Recipe, documents, tokenizer, seed: int):
+    """What is trained on: packed rows, or a stream of them where the data or the batch has no fixed size.
+
+    Raises: ValueError if there is none.
+    """
+    data = recipe.data
+    settings = {"fim_rate": data.fim_rate, "seed": seed, "cut_documents": data.cut_documents}
+    if data.streaming:
+        stream = StreamedRows(
+            documents, Packer(tokenizer, data.sequence_length, **settings), data.held_out_documents, seed
+        )
+        next(iter(stream))  # raises if there is none
+        return stream
+    rows = pack(documents, tokenizer, data.sequence_length, data.workers, **settings)
+    return rows if recipe.schedule.batch_ramp is None else RepeatedRows(rows, seed)
 
 
 def folder_or_name(path: str, field: str) -> str:
@@ -86,7 +111,11 @@ def load_tokenizer(recipe: Recipe, documents):
 
     def texts():
         left = recipe.tokenizer.train_megabytes * 1e6
-        for text in documents.shuffle(seed=0)["text"]:
+        if recipe.data.streaming:
+            chosen = (text for text, _ in read(documents, recipe.data.held_out_documents))
+        else:
+            chosen = documents.shuffle(seed=0)["text"]
+        for text in chosen:
             yield text
             left -= len(text)
             if left <= 0:
@@ -98,7 +127,9 @@ def load_tokenizer(recipe: Recipe, documents):
 def load_model(recipe: Recipe, tokenizer) -> NanoDeepSeekForCausalLM:
     """The model, checked against the tokenizer before anything is trained."""
     if recipe.model.checkpoint is not None:
-        model = NanoDeepSeekForCausalLM.from_pretrained(checkpoint_of(recipe), dtype=torch.float32)
+        folder = checkpoint_of(recipe)
+        longer = {} if recipe.model.context is None else {"config": extended(folder, recipe.model.context)}
+        model = NanoDeepSeekForCausalLM.from_pretrained(folder, **longer, dtype=torch.float32)
     else:
         ids = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
         model = build_model(recipe.model.config, recipe.model.variant, **ids | recipe.model.overrides)
@@ -120,6 +151,39 @@ def load_model(recipe: Recipe, tokenizer) -> NanoDeepSeekForCausalLM:
         length, limit = recipe.data.sequence_length, config.max_position_embeddings
         raise ValueError(f"data.sequence_length={length} exceeds the model's max_position_embeddings={limit}")
     return convert_to_fp8(model, recipe.fp8_scales == "ue8m0") if trains_in_fp8(recipe.precision) else model
+
+
+def extended(folder: str, section: ContextSection) -> NanoDeepSeekConfig:
+    """The config of a checkpoint, with a longer context by YaRN (arXiv:2309.00071; V3 report section 4.3).
+
+    Raises: ValueError for a length that is no longer than the original one, beyond what the factor reaches, or for a
+    model with another kind of scaling.
+    """
+    config = NanoDeepSeekConfig.from_pretrained(folder)
+    rope = config.rope_parameters
+    if rope["rope_type"] not in ("default", "yarn"):
+        raise ValueError(f"model.context extends plain rotary positions by YaRN; this model has {rope['rope_type']!r}")
+    original = section.original or rope.get("original_max_position_embeddings") or config.max_position_embeddings
+    factor = section.factor or section.length / original
+    if section.length <= original:
+        raise ValueError(f"model.context.length={section.length} is no extension of the original {original} tokens")
+    if section.length > factor * original:
+        raise ValueError(
+            f"model.context.length={section.length} is beyond what factor={factor:g} makes of the original {original} "
+            f"tokens, {factor * original:g}: leave factor out, or give {section.length / original:g}"
+        )
+    config.max_position_embeddings = section.length
+    config.rope_parameters = {
+        "rope_type": "yarn",
+        "rope_theta": rope["rope_theta"],
+        "factor": float(factor),
+        "original_max_position_embeddings": original,
+        "beta_fast": section.beta_fast,
+        "beta_slow": section.beta_slow,
+        "mscale": section.mscale_all_dim,
+        "mscale_all_dim": section.mscale_all_dim,
+    }
+    return config
 
 
 def enter_stage(model: NanoDeepSeekForCausalLM, section: ModelSection) -> NanoDeepSeekForCausalLM:
@@ -154,9 +218,12 @@ def build_trainer(recipe: Recipe, args: TrainingArguments) -> NanoDeepSeekTraine
         set_seed(args.seed)  # the weights depend on the seed alone, not on what was read before
         model = load_model(recipe, tokenizer)
         length, workers = recipe.data.sequence_length, recipe.data.workers
-        train_rows = pack(train_documents, tokenizer, length, workers)
-        validation_rows = pack(validation_documents, tokenizer, length, workers)
-        if recipe.tokenizer.path is None and recipe.model.checkpoint is None:
+        train_rows = training_rows(recipe, train_documents, tokenizer, args.seed)
+        validation_rows = pack(
+            validation_documents, tokenizer, length, workers, cut_documents=recipe.data.cut_documents
+        )
+        fresh = recipe.tokenizer.path is None and recipe.model.checkpoint is None
+        if fresh or recipe.model.context is not None:
             tokenizer.model_max_length = model.config.max_position_embeddings
     return NanoDeepSeekTrainer(
         model,
@@ -173,7 +240,8 @@ def build_trainer(recipe: Recipe, args: TrainingArguments) -> NanoDeepSeekTraine
 def describe(trainer: NanoDeepSeekTrainer) -> str:
     """What is about to run: model, data, machine, and each parameter group with its optimizer and rate."""
     args, counts = trainer.args, count_parameters(trainer.model.config)
-    rows, held_out = len(trainer.train_dataset), len(trainer.eval_dataset)
+    streams = isinstance(trainer.train_dataset, RowStream)
+    rows = "a stream of" if streams else f"{len(trainer.train_dataset):,}"
     length, precision = trainer.recipe.data.sequence_length, precision_of(args, trainer.recipe.precision)
     further = f"; {counts['mtp']:,} more for multi-token prediction" if counts["mtp"] else ""
     groups = [
@@ -184,7 +252,7 @@ def describe(trainer: NanoDeepSeekTrainer) -> str:
     return (
         f"model: {counts['total']:,} parameters, {counts['active']:,} active per token"
         f"{further}\n"
-        f"data: {rows:,} training and {held_out:,} validation rows of {length} tokens\n"
+        f"data: {rows} training and {len(trainer.eval_dataset):,} validation rows of {length} tokens\n"
         f"machine: {args.device}, {precision}, {torch.get_num_threads()} threads\n"
         f"optimizer: {'; '.join(groups)}"
         + (f"\n{describe_fp8(trainer.model, args.device)}" if trains_in_fp8(trainer.recipe.precision) else "")

@@ -3,12 +3,15 @@
 from collections.abc import Iterable
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
 USER, ASSISTANT, SYSTEM = "<|user|>", "<|assistant|>", "<|system|>"
 ROLE_MARKERS = [USER, ASSISTANT, SYSTEM]
 FIM = ["<|fim_begin|>", "<|fim_hole|>", "<|fim_end|>"]
+
+# The same tokens in DeepSeek's own tokenizers, between full-width bars.
+DEEPSEEK_FIM = [f"<\uff5cfim\u2581{part}\uff5c>" for part in ("begin", "hole", "end")]
 
 # DeepSeek-V3's word boundaries, to the letter: llama.cpp recognises a tokenizer by how these cut a test text.
 SPLITS = [
@@ -69,4 +72,19 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         add_bos_token=True,
         clean_up_tokenization_spaces=False,
         chat_template=CHAT_TEMPLATE,
+    )
+
+
+def fim_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids of begin, hole and end, for filling in the middle: ours, or those of DeepSeek's own tokenizers.
+
+    Raises: ValueError if the tokenizer has neither.
+    """
+    known = tokenizer.get_vocab()
+    for names in (FIM, DEEPSEEK_FIM):
+        if all(name in known for name in names):
+            return [known[name] for name in names]
+    raise ValueError(
+        f"data.fim_rate needs a tokenizer with the tokens {', '.join(FIM)} (or DeepSeek's own of these names), and "
+        "this one lacks them: set fim_rate to 0, or train a tokenizer (leave out tokenizer.path)"
     )

@@ -24,16 +24,32 @@ from .fp8 import convert_no_further
 from .hardware import matmul_peak
 from .optimizers import build_optimizer
 from .recipe import MtpSection, Recipe, ScheduleSection
+from .steps import StreamedSteps
 
 
 def lr_factor(progress: float, schedule: ScheduleSection) -> float:
-    """The learning-rate factor at `progress` in 0..1: linear warm-up to 1, constant, linear decay to `final`."""
-    if progress < schedule.warmup:
+    """The learning-rate factor at `progress` in 0..1; a warm-up in steps (`warmup_steps`) is not part of it."""
+    if schedule.warmup_steps is None and progress < schedule.warmup:
         return progress / schedule.warmup
+    return (trapezoid if schedule.kind == "trapezoid" else v3)(progress, schedule)
+
+
+def trapezoid(progress: float, schedule: ScheduleSection) -> float:
+    """Constant, then linear decay to `final`."""
     if progress <= 1 - schedule.decay or not schedule.decay:
         return 1.0
     left = max(0.0, 1 - progress) / schedule.decay
     return schedule.final + (1 - schedule.final) * left
+
+
+def v3(progress: float, schedule: ScheduleSection) -> float:
+    """Constant, cosine to `floor`, constant, and the last stretch at `tail` (V3 report section 4.2)."""
+    if progress <= schedule.constant_until:
+        return 1.0
+    if progress < schedule.cosine_until:
+        done = (progress - schedule.constant_until) / (schedule.cosine_until - schedule.constant_until)
+        return schedule.floor + (1 - schedule.floor) * (1 + math.cos(math.pi * done)) / 2
+    return schedule.floor if progress <= schedule.tail_from else schedule.tail
 
 
 class Clock(TrainerCallback, ExportableState):
@@ -111,7 +127,7 @@ class MtpCallback(TrainerCallback):
         model.config.mtp_loss_coef = self.section.coef if done < self.section.switch_at else self.section.final_coef
 
 
-class NanoDeepSeekTrainer(AtomicCheckpoints, Trainer):
+class NanoDeepSeekTrainer(StreamedSteps, AtomicCheckpoints, Trainer):
     """Trainer for a recipe.
 
     Adds: the recipe's optimizer and schedule; loss-free balancing; the weight of multi-token prediction; every loss
@@ -128,6 +144,7 @@ class NanoDeepSeekTrainer(AtomicCheckpoints, Trainer):
         self.recipe = recipe
         self.validation_bytes = validation_bytes
         super().__init__(*args, **kwargs)
+        self.stream_steps(recipe.schedule.batch_ramp, recipe.data.sequence_length)
         balance = recipe.balance
         self.balancing = LoadBalancingCallback(
             lambda done: balance.gamma if self.progress(done) < balance.freeze_at else 0.0, balance.centre
@@ -156,9 +173,11 @@ class NanoDeepSeekTrainer(AtomicCheckpoints, Trainer):
         return next(callback for callback in self.callback_handler.callbacks if isinstance(callback, Clock))
 
     def progress(self, share_of_steps: float) -> float:
-        """Share of the run that is over: by steps or by time, whichever is further."""
+        """Share of the run that is over: by tokens or by time, whichever is further. Without a ramp of the batch the
+        share of tokens is that of steps."""
         limit = self.recipe.schedule.max_seconds
-        return max(share_of_steps, self.clock.spent / limit if limit else 0.0)
+        share = share_of_steps if self.plan is None else self.plan.share(share_of_steps)
+        return max(share, self.clock.spent / limit if limit else 0.0)
 
     def create_optimizer(self, model=None):
         if self.optimizer is None:
@@ -167,9 +186,13 @@ class NanoDeepSeekTrainer(AtomicCheckpoints, Trainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         if self.lr_scheduler is None:
+            schedule = self.recipe.schedule
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
                 optimizer or self.optimizer,
-                lambda step: lr_factor(self.progress((step + 1) / num_training_steps), self.recipe.schedule),
+                lambda step: (
+                    min(1.0, (step + 1) / (schedule.warmup_steps or 1))
+                    * lr_factor(self.progress((step + 1) / num_training_steps), schedule)
+                ),
             )
         return self.lr_scheduler
 
@@ -186,6 +209,8 @@ class NanoDeepSeekTrainer(AtomicCheckpoints, Trainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         loss = super().training_step(model, inputs, num_items_in_batch)
+        if not inputs:  # an empty micro-batch of a smaller step
+            return loss
         self._batches.append((inputs, loss))
         if self.accelerator.sync_gradients:  # before what is not finite reaches a weight
             batches, self._batches = self._batches, []

@@ -26,17 +26,25 @@ WARM_UP = {
 TERMS = {
     "all": ("loss", "ce_loss", "balance_loss", "grad_norm", "expert_max_violation", "expert_load_entropy"),
     "warm-up": ("loss", "ce_loss", "index_loss", "index_kl", "grad_norm"),
+    "streamed": ("loss", "ce_loss", "balance_loss", "grad_norm", "learning_rate", "expert_max_violation"),
+}
+STREAMED = {  # whose batch grows from 8 rows to 16
+    "data": {"streaming": True, "validation_documents": 5, "fim_rate": 0.2},
+    "schedule": {"kind": "v3", "batch_ramp": {"start": 8, "tokens": 600}},
 }
 
 
 @pytest.mark.parametrize("learns", TERMS)
 def test_two_processes_are_one(learns, tiny_recipe, tmp_path):
-    model = {"model": WARM_UP} if learns == "warm-up" else {}
-    alone = tiny_recipe(output_dir=str(tmp_path / "alone"), trainer={"per_device_train_batch_size": 8}, **model)
+    model = {"warm-up": {"model": WARM_UP}, "streamed": STREAMED}.get(learns, {})
+    steps = {"gradient_accumulation_steps": 2 if learns == "streamed" else 1}
+    alone = tiny_recipe(output_dir=str(tmp_path / "alone"), trainer={"per_device_train_batch_size": 8} | steps, **model)
     pretrain.run(alone)
     file = tmp_path / "recipe.yaml"
     shared = tiny_recipe(
-        output_dir=str(tmp_path / "shared"), trainer={"per_device_train_batch_size": 4, "use_cpu": True}, **model
+        output_dir=str(tmp_path / "shared"),
+        trainer={"per_device_train_batch_size": 4, "use_cpu": True} | steps,
+        **model,
     )
     file.write_text(yaml.safe_dump(shared.model_dump(mode="json")))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
