@@ -25,6 +25,7 @@ from .data import collate, hold_out, load_documents, pack
 from .hardware import keep_memory, multiplies_bf16, use_threads
 from .models import build_model
 from .optimizers import parameter_groups
+from .parallel import share_experts
 from .recipe import ModelSection, Recipe, recipe_from_command_line, resolve
 from .report import plot_losses
 from .tokenizer import train_tokenizer
@@ -148,7 +149,7 @@ def build_trainer(recipe: Recipe, args: TrainingArguments) -> NanoDeepSeekTraine
         if recipe.tokenizer.path is None and recipe.model.checkpoint is None:
             tokenizer.model_max_length = model.config.max_position_embeddings
     return NanoDeepSeekTrainer(
-        model,
+        share_experts(model, recipe.parallel),
         args,
         recipe=recipe,
         validation_bytes=sum(len(text.encode()) for text in validation_documents["text"]),

@@ -163,6 +163,12 @@ class MtpSection(Section):
     detach_trunk: bool = False  # the loss reaches the modules alone
 
 
+class ParallelSection(Section):
+    """What accelerate's launch files cannot express."""
+
+    expert: int = Field(default=1, ge=1)  # processes among which each layer's experts are spread (fsdp2_ep.yaml)
+
+
 class CardSection(Section):
     """What the model card (README.md) says beyond what the run knows: identifiers as the Hub has them."""
 
@@ -188,6 +194,7 @@ class Recipe(Section):
     schedule: ScheduleSection = Field(default_factory=ScheduleSection)
     balance: BalanceSection = Field(default_factory=BalanceSection)
     mtp: MtpSection | None = None  # for a model with num_nextn_predict_layers; default: its config's mtp_loss_coef
+    parallel: ParallelSection = Field(default_factory=ParallelSection)
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the hardware multiplies it natively
     card: CardSection = Field(default_factory=CardSection)
     threads: int | None = Field(default=None, ge=1)  # CPU threads; default: this process's share of the cores

@@ -21,6 +21,7 @@ from .checkpointing import AtomicCheckpoints
 from .faults import check_finite
 from .hardware import matmul_peak
 from .optimizers import build_optimizer
+from .parallel import shard_on_cpu
 from .recipe import MtpSection, Recipe, ScheduleSection
 
 
@@ -143,6 +144,10 @@ class NanoDeepSeekTrainer(AtomicCheckpoints, Trainer):
         self._flops_per_token = training_flops_per_token(self.model.config, recipe.data.sequence_length)
         dtype = torch.bfloat16 if self.args.bf16 else torch.float32
         self._peak = matmul_peak(self.args.device, dtype) * self.args.world_size
+
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        shard_on_cpu(self)
 
     @property
     def clock(self) -> Clock:
