@@ -15,7 +15,14 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from modeling_nanodeepseek.checkpoints import tensor_shapes, weight_files
 from modeling_nanodeepseek.saving import SaveError, is_writing_error, reason, replacing, sync, sync_folder
-from modeling_nanodeepseek.stacking import CheckpointError, awaited_experts, expert_keys, listed, stack_expert_keys
+from modeling_nanodeepseek.stacking import (
+    CheckpointError,
+    absentees,
+    awaited_experts,
+    expert_keys,
+    listed,
+    stack_expert_keys,
+)
 
 from .sharding import gathered, part
 
@@ -125,6 +132,14 @@ class AtomicCheckpoints:
     """
 
     _staging = False
+
+    def __init__(self, model, args, *further, **kwargs):
+        # transformers refuses to save a model that it shared itself (experts), since its own checkpoints of one would
+        # have no optimizer. These do.
+        saves, shared = args.save_only_model, getattr(model, "is_distributed_loading_by_transformers", False)
+        args.save_only_model = saves or shared
+        super().__init__(model, args, *further, **kwargs)
+        args.save_only_model = saves
 
     def _get_output_dir(self, trial) -> str:
         run = super()._get_output_dir(trial)
@@ -250,11 +265,13 @@ class AtomicCheckpoints:
         weights = {}
         for file in weight_files(Path(checkpoint)):
             weights |= load_file(file)
-        for owner, module in model.named_modules():
-            if hasattr(module, "stacked_names"):
-                stack_expert_keys(module, weights, f"{owner}.", None, False, [], problems := [])
-                if problems:
-                    raise RuntimeError(listed(problems))
+        experts = {f"{name}.": module for name, module in model.named_modules() if hasattr(module, "stacked_names")}
+        for owner, module in experts.items():
+            problems = [f"{name} is missing" for name in absentees(module, owner, weights)]
+            if not problems:
+                stack_expert_keys(module, weights, owner, None, False, [], [], problems)
+            if problems:
+                raise RuntimeError(listed(problems))
         here = model.state_dict()
         weights = {name: part(tensor, here[name]) if name in here else tensor for name, tensor in weights.items()}
         self._issue_warnings_after_load(model.load_state_dict(weights, strict=False))

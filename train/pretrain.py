@@ -20,8 +20,9 @@ from modeling_nanodeepseek import NanoDeepSeekForCausalLM
 from modeling_nanodeepseek.saving import replacing
 
 from .accounting import count_parameters
-from .checkpointing import STATE
+from .checkpointing import STATE, checkpoints
 from .data import collate, hold_out, load_documents, pack
+from .faults import lost_others
 from .hardware import keep_memory, multiplies_bf16, use_threads
 from .models import build_model
 from .optimizers import parameter_groups
@@ -235,6 +236,15 @@ def launch(run: Callable[[Recipe], dict[str, float]], recipe: Recipe):
         run(recipe)
     except (ValueError, OSError, StrictDataclassError) as error:
         sys.exit(f"error: {error}")
+    except RuntimeError as error:
+        if not lost_others(error):
+            raise
+        last = next(iter(checkpoints(Path(recipe.output_dir))), None)
+        sys.exit(
+            f"error: process {PartialState().process_index} stops, because another has ended "
+            f"({str(error).split('. ')[0]}). "
+            + (f"trainer.resume_from_checkpoint=true goes on from '{last}'" if last else "There is no checkpoint yet")
+        )
     finally:
         PartialState().destroy_process_group()
 

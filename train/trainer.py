@@ -160,6 +160,11 @@ class NanoDeepSeekTrainer(AtomicCheckpoints, Trainer):
         return max(share_of_steps, self.clock.spent / limit if limit else 0.0)
 
     def create_optimizer(self, model=None):
+        if self.is_deepspeed_enabled and self.recipe.optimizer.name == "muon":
+            raise ValueError(
+                "optimizer.name='muon' is not possible with DeepSpeed, which steps flat pieces of parameters and not "
+                "matrices: use optimizer.name=adamw, or FSDP2 (configuration/accelerate/fsdp2.yaml)"
+            )
         if self.optimizer is None:
             self.optimizer = build_optimizer(model or self.model, self.recipe.optimizer)
         return self.optimizer
