@@ -258,6 +258,12 @@ class FinetuneRecipe(Recipe):
         return self
 
     @model_validator(mode="after")
+    def is_not_spread(self):
+        if self.parallel.expert > 1:
+            raise ValueError(f"parallel.expert={self.parallel.expert} is for pretraining only")
+        return self
+
+    @model_validator(mode="after")
     def suits_an_adapter(self):
         if self.lora is None:
             return self

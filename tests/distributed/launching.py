@@ -77,6 +77,7 @@ class Watch(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         self.used = [int((gate.tokens_per_expert > 0).sum()) for gate in routers(model)]
         if self.kill_at == state.global_step + 1 and args.process_index == 1:
+            Path(args.output_dir, "killed").touch()
             os.kill(os.getpid(), signal.SIGKILL)
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
@@ -115,7 +116,7 @@ def _enter(variables: dict[str, str], rank: int, folder: str, work, args):
         sys.exit(1)
 
 
-def launch(file: str, world: int, folder: Path, work, *args, seconds: float = 150) -> tuple[list, dict[int, str]]:
+def launch(file: str, world: int, folder: Path, work, *args, seconds: float = 300) -> tuple[list, dict[int, str]]:
     """`work(*args)` in `world` processes: what each returned, None for one that did not; and errors by rank. Fails, and
     ends them, after `seconds`."""
     folder.mkdir(parents=True)

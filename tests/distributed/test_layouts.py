@@ -115,7 +115,9 @@ def test_a_checkpoint_of_one_layout_goes_on_in_another(source, file, world, expe
 def test_a_killed_process_stops_the_others(folder, recipe, results):
     """With a message, and at once; from the checkpoint before, the run ends as it would have."""
     (alone,) = results("single")
-    _, errors = launch("ddp", 2, folder / "results" / "killed", killed, recipe("killed", 2), 3, seconds=60)
+    _, errors = launch("ddp", 2, folder / "results" / "killed", killed, recipe("killed", 2), 3)
     assert set(errors) == {0} and errors[0].startswith("error: process 0 stops, because another has ended")
+    stopped, died = (folder / "results" / "killed" / "0.error", folder / "killed" / "killed")
+    assert stopped.stat().st_mtime - died.stat().st_mtime < 20
     assert f"trainer.resume_from_checkpoint=true goes on from '{folder / 'killed' / 'checkpoint-2'}'" in errors[0]
     assert_same(results("fsdp2", 2, resume="killed"), alone)
