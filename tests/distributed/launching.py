@@ -53,7 +53,8 @@ MODEL = TINY_MODEL | {
 
 def environment(file: str, world: int) -> dict[str, str]:
     """What `accelerate launch --config_file file --num_processes world` sets for every process."""
-    arguments = ["--config_file", str(LAUNCH_FILES / f"{file}.yaml"), "--num_processes", str(world), "script.py"]
+    arguments = ["--config_file", str(LAUNCH_FILES / f"{file}.yaml"), "--num_processes", str(world)]
+    arguments += ["--main_process_port", "0", "script.py"]
     settings, _, _ = _validate_launch_command(launch_command_parser().parse_args(arguments))
     return {name: value for name, value in prepare_multi_gpu_env(settings).items() if os.environ.get(name) != value}
 
