@@ -12,6 +12,11 @@ class NonFiniteError(RuntimeError):
     """A loss or a gradient is NaN or infinite."""
 
 
+def lost_others(error: RuntimeError) -> bool:
+    """Whether this process stops because another has ended: what it was waiting for will not come."""
+    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
+
+
 def non_finite_gradients(model: nn.Module) -> list[str]:
     """Parameters whose gradient (of FSDP, this rank's part of it) holds NaN or infinity."""
     grads = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}

@@ -21,12 +21,14 @@ from modeling_nanodeepseek.saving import replacing
 
 from .accounting import count_parameters
 from .adapters import refuse_adapter
-from .checkpointing import STATE
+from .checkpointing import STATE, checkpoints
 from .data import Packer, collate, hold_out, load_documents, pack
+from .faults import lost_others
 from .fp8 import convert_to_fp8, describe_fp8, launched_in_fp8, precision_of, trains_in_fp8
 from .hardware import keep_memory, multiplies_bf16, use_threads
 from .models import build_model
 from .optimizers import parameter_groups
+from .parallel import share_experts
 from .recipe import ContextSection, ModelSection, Recipe, recipe_from_command_line, resolve
 from .report import plot_losses
 from .streams import RepeatedRows, RowStream, StreamedRows, first_documents, read, stream_documents
@@ -226,7 +228,7 @@ def build_trainer(recipe: Recipe, args: TrainingArguments) -> NanoDeepSeekTraine
         if fresh or recipe.model.context is not None:
             tokenizer.model_max_length = model.config.max_position_embeddings
     return NanoDeepSeekTrainer(
-        model,
+        share_experts(model, recipe.parallel),
         args,
         recipe=recipe,
         validation_bytes=sum(len(text.encode()) for text in validation_documents["text"]),
@@ -314,6 +316,15 @@ def launch(run: Callable[[Recipe], dict[str, float]], recipe: Recipe):
         run(recipe)
     except (ValueError, OSError, StrictDataclassError) as error:
         sys.exit(f"error: {error}")
+    except RuntimeError as error:
+        if not lost_others(error):
+            raise
+        last = next(iter(checkpoints(Path(recipe.output_dir))), None)
+        sys.exit(
+            f"error: process {PartialState().process_index} stops, because another has ended "
+            f"({str(error).split('. ')[0]}). "
+            + (f"trainer.resume_from_checkpoint=true goes on from '{last}'" if last else "There is no checkpoint yet")
+        )
     finally:
         PartialState().destroy_process_group()
 

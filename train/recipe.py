@@ -240,6 +240,12 @@ class MtpSection(Section):
     detach_trunk: bool = False  # the loss reaches the modules alone
 
 
+class ParallelSection(Section):
+    """What accelerate's launch files cannot express."""
+
+    expert: int = Field(default=1, ge=1)  # processes among which each layer's experts are spread (fsdp2_ep.yaml)
+
+
 class CardSection(Section):
     """What the model card (README.md) says beyond what the run knows: identifiers as the Hub has them."""
 
@@ -265,6 +271,7 @@ class Recipe(Section):
     schedule: ScheduleSection = Field(default_factory=ScheduleSection)
     balance: BalanceSection = Field(default_factory=BalanceSection)
     mtp: MtpSection | None = None  # for a model with num_nextn_predict_layers; default: its config's mtp_loss_coef
+    parallel: ParallelSection = Field(default_factory=ParallelSection)
     # auto: bf16 where the hardware multiplies it natively; fp8: the same, the products of linear layers in FP8 blocks
     precision: Literal["auto", "bf16", "fp32", "fp8"] = "auto"
     fp8_scales: Literal["fp32", "ue8m0"] = "fp32"  # ue8m0: powers of two
@@ -349,6 +356,12 @@ class FinetuneRecipe(Recipe):
     def starts_from_a_checkpoint(self):
         if self.model.checkpoint is None:
             raise ValueError("fine-tuning needs model.checkpoint, the folder of a trained model")
+        return self
+
+    @model_validator(mode="after")
+    def is_not_spread(self):
+        if self.parallel.expert > 1:
+            raise ValueError(f"parallel.expert={self.parallel.expert} is for pretraining only")
         return self
 
     @model_validator(mode="after")

@@ -23,6 +23,7 @@ from .faults import check_finite
 from .fp8 import convert_no_further
 from .hardware import matmul_peak
 from .optimizers import build_optimizer
+from .parallel import shard_on_cpu
 from .recipe import MtpSection, Recipe, ScheduleSection
 from .steps import StreamedSteps
 
@@ -166,6 +167,7 @@ class NanoDeepSeekTrainer(StreamedSteps, AtomicCheckpoints, Trainer):
     def create_accelerator_and_postprocess(self):
         super().create_accelerator_and_postprocess()
         convert_no_further(self.accelerator)
+        shard_on_cpu(self)
 
     @property
     def clock(self) -> Clock:
@@ -180,6 +182,11 @@ class NanoDeepSeekTrainer(StreamedSteps, AtomicCheckpoints, Trainer):
         return max(share, self.clock.spent / limit if limit else 0.0)
 
     def create_optimizer(self, model=None):
+        if self.is_deepspeed_enabled and self.recipe.optimizer.name == "muon":
+            raise ValueError(
+                "optimizer.name='muon' is not possible with DeepSpeed, which steps flat pieces of parameters and not "
+                "matrices: use optimizer.name=adamw, or FSDP2 (configuration/accelerate/fsdp2.yaml)"
+            )
         if self.optimizer is None:
             self.optimizer = build_optimizer(model or self.model, self.recipe.optimizer)
         return self.optimizer
