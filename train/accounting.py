@@ -93,3 +93,15 @@ def training_flops_per_token(config: NanoDeepSeekConfig, sequence_length: int) -
         flops += 2 * (matrices + scores * S / 2)
         flops += 2 * (matrices + scores * 2 * keys) if learns else 0
     return flops
+
+
+def cache_bytes(config: NanoDeepSeekConfig, itemsize: int = 2) -> int:
+    """What `generate()` keeps per token, in all layers: the latent, rotated key and indexer's key, or keys and values.
+
+    itemsize: bytes per number, 2 in bf16.
+    """
+    if config.attention_type == "mla":
+        width = config.kv_lora_rank + config.qk_rope_head_dim + config.index_width
+    else:
+        width = 2 * config.num_key_value_heads * config.head_dim
+    return config.num_hidden_layers * width * itemsize

@@ -16,7 +16,7 @@ from transformers import Trainer
 
 from modeling_nanodeepseek import NanoDeepSeekConfig
 
-from .accounting import count_parameters
+from .accounting import cache_bytes, count_parameters
 from .optimizers import parameter_groups
 from .recipe import FinetuneRecipe, Recipe, resolve
 
@@ -113,18 +113,6 @@ def table(rows: dict[str, Any]) -> str:
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
 
 
-def cache_bytes(config: NanoDeepSeekConfig, itemsize: int = 2) -> int:
-    """What `generate()` keeps per token, in all layers: the latent, rotated key and indexer's key, or keys and values.
-
-    itemsize: bytes per number, 2 in bf16.
-    """
-    if config.attention_type == "mla":
-        width = config.kv_lora_rank + config.qk_rope_head_dim + config.index_width
-    else:
-        width = 2 * config.num_key_value_heads * config.head_dim
-    return config.num_hidden_layers * width * itemsize
-
-
 def hub_datasets(source) -> list[str]:
     """The data sets of a source that `datasets` loads by their name on the Hub."""
     if isinstance(source, list):
@@ -183,6 +171,21 @@ def size_rows(config: NanoDeepSeekConfig, counts: dict[str, int]) -> dict[str, A
     rows["context"] = f"{config.max_position_embeddings:,} tokens"
     rows["cache"] = f"{cache_bytes(config):,} bytes per token in bf16, all layers"
     return rows
+
+
+def data_rows(trainer: Trainer) -> dict[str, Any]:
+    recipe = trainer.recipe
+    chats = isinstance(recipe, FinetuneRecipe)
+    data = {"source": describe_source(recipe.data.source)}
+    kind = "conversations" if chats else "documents"
+    held_out = f"{recipe.data.validation_share:.1%} of the {kind}, chosen by the hash of their names"
+    validation = recipe.data.validation
+    data["held out"] = held_out if validation is None else describe_source(validation)
+    length = recipe.data.sequence_length
+    rows, further = len(trainer.train_dataset), len(trainer.eval_dataset)
+    data["rows"] = f"{rows:,} for training, {further:,} held out, of {'at most ' if chats else ''}{length:,} tokens"
+    data["tokenizer"] = f"{len(trainer.processing_class):,} tokens"
+    return data
 
 
 def training_rows(trainer: Trainer) -> dict[str, Any]:
@@ -295,15 +298,6 @@ def model_card(trainer: Trainer) -> ModelCard:
     checkpoint, chats = recipe.model.checkpoint, isinstance(recipe, FinetuneRecipe)
     adapter = chats and recipe.lora is not None
     origin = f"the weights of {code(base_model(recipe) or Path(checkpoint).name)}" if checkpoint else "fresh weights"
-    data = {"source": describe_source(recipe.data.source)}
-    kind = "conversations" if chats else "documents"
-    held_out = f"{recipe.data.validation_share:.1%} of the {kind}, chosen by the hash of their names"
-    validation = recipe.data.validation
-    data["held out"] = held_out if validation is None else describe_source(validation)
-    length = recipe.data.sequence_length
-    rows, further = len(trainer.train_dataset), len(trainer.eval_dataset)
-    data["rows"] = f"{rows:,} for training, {further:,} held out, of {'at most ' if chats else ''}{length:,} tokens"
-    data["tokenizer"] = f"{len(trainer.processing_class):,} tokens"
     results = {words: f"{last(history, key):.4f}" for key, words in RESULTS.items() if last(history, key) is not None}
     counts = count_parameters(config)
     licence = code(recipe.card.license if recipe.card.license != "other" else recipe.card.license_name)
@@ -319,7 +313,7 @@ def model_card(trainer: Trainer) -> ModelCard:
         else "It was not tuned for instructions or for safety",
         **REQUIRES,
         size=table(size_rows(config, counts)),
-        data=table(data),
+        data=table(data_rows(trainer)),
         training=table(training_rows(trainer)),
         results=(table(results) if results else "Nothing was logged.")
         + (BITS_PER_BYTE if RESULTS["eval_bits_per_byte"] in results else ""),

@@ -2,8 +2,11 @@
 
 import ctypes
 import os
+import platform
+import re
 import sys
 import time
+from pathlib import Path
 
 import torch
 
@@ -37,6 +40,15 @@ def multiplies_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+
+
+def name_of(device: torch.device) -> str:
+    """What the maker calls the device; of a CPU what Linux says of it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    models = re.findall(r"model name\s*: (.+)", info.read_text()) if info.is_file() else []
+    return models[0] if models else platform.machine()
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
