@@ -42,6 +42,8 @@ def training_arguments(recipe: Recipe, kind: type[TrainingArguments] = TrainingA
     bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and multiplies_bf16(device))
     settings = {"report_to": ["tensorboard"], "remove_unused_columns": False, "label_names": ["labels"]}
     settings |= {"bf16": bf16, "use_cpu": on_cpu}  # bf16 on a CPU must be asked for by name
+    # Without a name trackio would log what is evaluated after the training as a run of its own.
+    settings["run_name"] = Path(recipe.output_dir).absolute().name
     args = kind(output_dir=recipe.output_dir, **settings | more | recipe.trainer)
     if args.n_gpu > 1:
         raise ValueError(
