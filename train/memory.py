@@ -22,9 +22,9 @@ def attention_numbers(config: NanoDeepSeekConfig, length: int, on_cpu: bool) -> 
     """Numbers that a layer's attention keeps for its backward, per token; its input not counted."""
     H = config.num_attention_heads
     if config.attention_type != "mla":
-        keys = config.num_key_value_heads
-        normed = (H + keys) * config.head_dim if config.qk_norm else 0
-        return (2 * H + 2 * keys) * config.head_dim + normed
+        # Queries and keys turned and, where they are normed, before; CPUs repeat keys and values for each head.
+        keys, before = config.num_key_value_heads, 1 + config.qk_norm
+        return (2 * H + 2 * (H if on_cpu else keys) + before * (H + keys)) * config.head_dim + H
     n, r, v, c = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim, config.kv_lora_rank
     kept = 2 * (config.q_lora_rank or 0) + 2 * (c + r) + H * (n + r) + H * v + H
     index = index_numbers(config)

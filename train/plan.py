@@ -76,8 +76,14 @@ def training(config, device: Device, kind: str, args: argparse.Namespace) -> dic
     sizes = {"length": args.sequence, "batch": args.batch, "bf16": args.precision != "fp32"}
     sizes |= {"optimizer": args.optimizer, "on_cpu": kind == "cpu"}
 
+    whole, checkpointed = (training_bytes(config, checkpointing=checked, **sizes) for checked in (False, True))
+    halved = training_bytes(config, devices=2, **sizes)  # what is sharded, and what sharding takes
+
     def memory(devices: int, checkpointing: bool) -> dict[str, float]:
-        parts = training_bytes(config, devices=devices, checkpointing=checkpointing, **sizes)
+        parts = dict(checkpointed if checkpointing else whole)
+        if devices > 1:
+            parts["copies"] = halved["copies"]
+            parts |= {part: parts[part] / devices for part in ("weights", "gradients", "optimizer")}
         parts["runtime"] = runtime_bytes(kind)
         return parts | {"sum": sum(parts.values())}
 
