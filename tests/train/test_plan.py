@@ -1,6 +1,7 @@
 """The plan of a model: V3's and V3.2's published figures, the memory that autograd keeps, what is refused."""
 
 import json
+from argparse import Namespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from train.accounting import cache_bytes, decode_flops_per_token, fp8_cache_byte
 from train.hardware import DEVICES, copy_bandwidth
 from train.memory import activation_bytes, training_bytes
 from train.models import build_config
-from train.plan import build_parser, main, plan
+from train.plan import build_parser, inference, main, parameters, plan
 
 V3 = {"index_topk": None}
 
@@ -69,12 +70,15 @@ def test_v3s_gpu_hours(v32, capsys):
 
 
 def test_decoding_in_batches_reads_more_experts():
-    def read(batch: int) -> float:
-        arguments = f"--model deepseek-v3.2 --device h200 --context 1 --batch {batch}"
-        return plan(build_parser().parse_args(arguments.split()))["inference"]["read_per_step"] / 2
+    config = build_config("deepseek-v3.2")
+    counts = parameters(config)
 
-    counts = 671_877_944_064 - 129_280 * 7168  # the input embedding is looked up
-    assert read(1) == pytest.approx(37_477_143_296, rel=1e-3) and read(4096) == pytest.approx(counts, rel=1e-3)
+    def read(batch: int) -> float:
+        args = Namespace(precision="bf16", batch=batch, context=1, devices=1, utilisation=0.4)
+        return inference(config, DEVICES["h200"], counts, args)["read_per_step"] / 2
+
+    whole = 671_877_944_064 - 129_280 * 7168  # the input embedding is looked up
+    assert read(1) == pytest.approx(37_477_143_296, rel=1e-3) and read(4096) == pytest.approx(whole, rel=1e-3)
     layer = 58 * 44_040_192  # one expert of each layer; of 256, two rows meet 8 + 8 * 248 / 256
     assert read(2) - read(1) == pytest.approx(layer * 8 * 248 / 256, rel=1e-3)
 
@@ -137,7 +141,7 @@ def test_the_command(capsys, tmp_path):
     main(["--model", "v32-full", "--device", "h200", "--devices", "512"])
     printed = capsys.readouterr().out
     for words in (
-        "947,6",
+        "948,490,640,640",
         "cache, bytes per token",
         "512 x h200, bf16",
         "with checkpointing",
