@@ -18,7 +18,7 @@ from transformers import Trainer
 from modeling_nanodeepseek import NanoDeepSeekConfig
 from modeling_nanodeepseek.remote_code import LICENSE
 
-from .accounting import count_parameters
+from .accounting import cache_bytes, count_parameters
 from .fp8 import precision_of
 from .optimizers import parameter_groups
 from .recipe import FinetuneRecipe, Recipe, ScheduleSection, resolve
@@ -114,18 +114,6 @@ def code(text: str) -> str:
 
 def table(rows: dict[str, Any]) -> str:
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
-
-
-def cache_bytes(config: NanoDeepSeekConfig, itemsize: int = 2) -> int:
-    """What `generate()` keeps per token, in all layers: the latent, rotated key and indexer's key, or keys and values.
-
-    itemsize: bytes per number, 2 in bf16.
-    """
-    if config.attention_type == "mla":
-        width = config.kv_lora_rank + config.qk_rope_head_dim + config.index_width
-    else:
-        width = 2 * config.num_key_value_heads * config.head_dim
-    return config.num_hidden_layers * width * itemsize
 
 
 def hub_datasets(source) -> list[str]:
@@ -358,6 +346,25 @@ def data_rows(trainer: Trainer, kind: Kind) -> dict[str, str]:
     }
 
 
+def kind_of(trainer: Trainer, merged: bool = False) -> Kind:
+    recipe, of_kind = trainer.recipe, pretrained
+    if isinstance(recipe, FinetuneRecipe):
+        of_kind = adapter if recipe.lora is not None and not merged else finetuned
+    title = recipe.card.title or Path(recipe.output_dir).absolute().name
+    return of_kind(trainer, trainer.hub_model_id or title)
+
+
+def tables(trainer: Trainer) -> dict[str, dict[str, Any]]:
+    """What a card and a report say of a run, by heading."""
+    kind, config = kind_of(trainer), trainer.model.config
+    training = kind.seen | training_rows(trainer)
+    return {
+        "Model": size_rows(config, count_parameters(config)),
+        "Data": data_rows(trainer, kind),
+        "Training": training,
+    }
+
+
 def card_data(trainer: Trainer, title: str, kind: Kind) -> ModelCardData:
     """The front matter: what the Hub searches by."""
     recipe, config, history = trainer.recipe, trainer.model.config, trainer.state.log_history
@@ -398,10 +405,7 @@ def model_card(trainer: Trainer, merged: bool = False) -> ModelCard:
     """The card of a trainer's model in its present state; `merged`: of its adapter in the model that it is for."""
     recipe, config, history = trainer.recipe, trainer.model.config, trainer.state.log_history
     title = recipe.card.title or Path(recipe.output_dir).absolute().name
-    of_kind = pretrained
-    if isinstance(recipe, FinetuneRecipe):
-        of_kind = adapter if recipe.lora is not None and not merged else finetuned
-    kind = of_kind(trainer, trainer.hub_model_id or title)
+    kind = kind_of(trainer, merged)
     results = {words: f"{last(history, key):.4f}" for key, words in RESULTS.items() if last(history, key) is not None}
     notes = kind.note + (BITS_PER_BYTE if RESULTS["eval_bits_per_byte"] in results else "")
     counts = count_parameters(config)

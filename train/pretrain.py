@@ -1,8 +1,8 @@
 """Pretraining: `accelerate launch -m train.pretrain --config configuration/recipes/quickstart.yaml [field=value ...]`.
 
 Reads the text, trains a tokenizer if none is given, packs, trains, evaluates, saves model, tokenizer, model card and a
-picture of the losses into `output_dir`, and lets the model speak. `trainer.push_to_hub=true trainer.hub_model_id=...`
-uploads that folder.
+report with pictures (`report.py`) into `output_dir`, and lets the model speak. `trainer.push_to_hub=true
+trainer.hub_model_id=...` uploads that folder.
 """
 
 import json
@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import transformers
 from accelerate import PartialState
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoTokenizer, TrainingArguments, pipeline, set_seed
@@ -21,16 +22,17 @@ from modeling_nanodeepseek.saving import replacing
 
 from .accounting import count_parameters
 from .adapters import refuse_adapter
+from .card import tables
 from .checkpointing import STATE, checkpoints
 from .data import Packer, collate, hold_out, load_documents, pack
 from .faults import lost_others
 from .fp8 import convert_to_fp8, describe_fp8, launched_in_fp8, precision_of, trains_in_fp8
-from .hardware import keep_memory, multiplies_bf16, use_threads
+from .hardware import keep_memory, multiplies_bf16, name_of, use_threads
 from .models import build_model
 from .optimizers import parameter_groups
 from .parallel import share_experts
 from .recipe import ContextSection, ModelSection, Recipe, recipe_from_command_line, resolve
-from .report import plot_losses
+from .report import METRICS, SUMMARY, plot_losses, write_report
 from .streams import RepeatedRows, RowStream, StreamedRows, first_documents, read, stream_documents
 from .tokenizer import train_tokenizer
 from .trainer import NanoDeepSeekTrainer
@@ -49,6 +51,8 @@ def training_arguments(recipe: Recipe, kind: type[TrainingArguments] = TrainingA
     # Each process reads a stream by itself: what one reads for all cannot be joined where only some rows are padded.
     accelerate = {"dispatch_batches": False} | (recipe.trainer.get("accelerator_config") or {})
     settings |= {"bf16": bf16, "use_cpu": on_cpu}  # bf16 on a CPU must be asked for by name
+    # Without a name trackio would log what is evaluated after the training as a run of its own.
+    settings["run_name"] = Path(recipe.output_dir).absolute().name
     args = kind(output_dir=recipe.output_dir, **settings | more | recipe.trainer | {"accelerator_config": accelerate})
     if args.n_gpu > 1:
         raise ValueError(
@@ -288,14 +292,29 @@ def run(recipe: Recipe, build: Callable | None = None, after: Callable | None = 
 
 
 def finish(recipe: Recipe, trainer: NanoDeepSeekTrainer, metrics: dict[str, float]):
-    """Writes the history, the metrics, the picture and the model card."""
+    """Writes the history, the metrics, the picture, the model card and the report."""
     output = Path(recipe.output_dir)
     trainer.create_model_card()
     with replacing(output) as stage:
         trainer.state.save_to_json(str(stage / STATE))
-        (stage / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-        picture = plot_losses(trainer.state.log_history, stage / "loss.png", title=output.name)
-    print(f"saved: {output} (losses: {output / picture.name})")
+        (stage / METRICS).write_text(json.dumps(metrics, indent=2) + "\n")
+        (stage / SUMMARY).write_text(json.dumps(summary(trainer), indent=2) + "\n")
+        plot_losses(trainer.state.log_history, stage / "loss.png", title=output.name)
+    print(f"saved: {output} (report: {write_report(output)})")
+
+
+def summary(trainer: NanoDeepSeekTrainer) -> dict[str, dict[str, str]]:
+    """The report's tables: what ran, on what."""
+    args = trainer.args
+    machine = {
+        "device": name_of(args.device),
+        "processes, threads of each": f"{args.world_size}, {torch.get_num_threads()}",
+        "precision": precision_of(args, trainer.recipe.precision),
+        "measured peak": f"{trainer.peak / 1e12:.3g} TFLOP/s in matrix products, all processes",
+        "software": f"torch {torch.__version__}, transformers {transformers.__version__}",
+    }
+    headings = tables(trainer) | {"Machine": machine}
+    return {heading: {name: str(value) for name, value in rows.items()} for heading, rows in headings.items()}
 
 
 def speak(recipe: Recipe, trainer: NanoDeepSeekTrainer):
