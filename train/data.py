@@ -168,7 +168,13 @@ def hold_out(documents: Dataset, share: float) -> tuple[Dataset, Dataset]:
     return documents.select(sorted(ranked[count:])), documents.select(sorted(ranked[:count]))
 
 
-def pack(documents: Dataset, tokenizer: PreTrainedTokenizerBase, sequence_length: int, workers: int = 1) -> Dataset:
+def pack(
+    documents: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    sequence_length: int,
+    workers: int = 1,
+    name: str = "the corpus",
+) -> Dataset:
     r"""Tokenises documents and packs them into rows of exactly `sequence_length` tokens.
 
     Each document is `<bos> text <eos>`. Where a row ends inside a document, the next row starts with the last token
@@ -176,8 +182,12 @@ def pack(documents: Dataset, tokenizer: PreTrainedTokenizerBase, sequence_length
     `attention_mask`, [L] each; a position of 0 starts a document or its continuation. The last row of each 1000
     documents is filled up with padding tokens at position 0, 0 in the mask, that nothing is learned from.
 
-    Raises: ValueError if all documents together are shorter than one row.
+    Raises: ValueError if all documents together, `name` in the message, are shorter than one row, or if the tokenizer
+    lacks one of these special tokens.
     """
+    lacking = [token for token in ("bos_token", "eos_token", "pad_token") if getattr(tokenizer, token) is None]
+    if lacking:
+        raise ValueError(f"the tokenizer has no {', '.join(lacking)}: documents cannot be packed into rows without it")
     bos, eos, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
 
     def pack_batch(texts: list[str]) -> dict[str, list[list[int]]]:
@@ -212,7 +222,7 @@ def pack(documents: Dataset, tokenizer: PreTrainedTokenizerBase, sequence_length
         learned += sum(position > 0 for position in row["position_ids"])
         if learned >= sequence_length - 1:
             return rows.with_format("torch")
-    raise ValueError(f"the corpus has only {learned} tokens to learn from, less than one sequence of {sequence_length}")
+    raise ValueError(f"{name} has only {learned} tokens to learn from, less than one sequence of {sequence_length}")
 
 
 def collate(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

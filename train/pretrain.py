@@ -14,15 +14,18 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoTokenizer, TrainingArguments, pipeline, set_seed
+from transformers import TrainingArguments, pipeline, set_seed
 
 from modeling_nanodeepseek import NanoDeepSeekForCausalLM
 from modeling_nanodeepseek.saving import replacing
 
 from .accounting import count_parameters
-from .checkpointing import STATE
+from .checkpointing import STATE, explain
 from .data import collate, hold_out, load_documents, pack
+from .faults import NonFiniteError, full_disks_of_threads
 from .hardware import keep_memory, multiplies_bf16, use_threads
+from .loading import load_config
+from .loading import load_tokenizer as read_tokenizer
 from .models import build_model
 from .optimizers import parameter_groups
 from .recipe import ModelSection, Recipe, recipe_from_command_line, resolve
@@ -67,9 +70,12 @@ def folder_or_name(path: str, field: str) -> str:
 
 
 def load_tokenizer(recipe: Recipe, documents):
-    path = recipe.tokenizer.path or recipe.model.checkpoint
+    checkpoint = recipe.model.checkpoint
+    if checkpoint is not None and not resolve(checkpoint).is_dir():
+        load_config(folder_or_name(checkpoint, "model.checkpoint"))  # else its tokenizer would be what is missed
+    path = recipe.tokenizer.path or checkpoint
     if path is not None:
-        return AutoTokenizer.from_pretrained(folder_or_name(path, "tokenizer.path or model.checkpoint"))
+        return read_tokenizer(folder_or_name(path, "tokenizer.path or model.checkpoint"))
 
     def texts():
         left = recipe.tokenizer.train_megabytes * 1e6
@@ -144,7 +150,7 @@ def build_trainer(recipe: Recipe, args: TrainingArguments) -> NanoDeepSeekTraine
         model = load_model(recipe, tokenizer)
         length, workers = recipe.data.sequence_length, recipe.data.workers
         train_rows = pack(train_documents, tokenizer, length, workers)
-        validation_rows = pack(validation_documents, tokenizer, length, workers)
+        validation_rows = pack(validation_documents, tokenizer, length, workers, name="the validation text")
         if recipe.tokenizer.path is None and recipe.model.checkpoint is None:
             tokenizer.model_max_length = model.config.max_position_embeddings
     return NanoDeepSeekTrainer(
@@ -231,9 +237,10 @@ def launch(run: Callable[[Recipe], dict[str, float]], recipe: Recipe):
     """Runs a recipe as a program does: a problem of the user's ends it with one message."""
     keep_memory()
     try:
-        run(recipe)
-    except (ValueError, OSError, StrictDataclassError) as error:
-        sys.exit(f"error: {error}")
+        with full_disks_of_threads():
+            run(recipe)
+    except (ValueError, OSError, StrictDataclassError, NonFiniteError) as error:
+        sys.exit(f"error: {explain(error, recipe.output_dir)}")
     finally:
         PartialState().destroy_process_group()
 
