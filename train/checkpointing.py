@@ -24,6 +24,7 @@ from modeling_nanodeepseek.stacking import (
     stack_expert_keys,
 )
 
+from .faults import disk_is_full
 from .sharding import gathered, part
 
 STATE = "trainer_state.json"
@@ -123,6 +124,19 @@ def last_good_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
     return None, refused
 
 
+def explain(error: Exception, run: str) -> str:
+    """An error's message; of a disk that fills up outside a save (in a log, say) with what is left of the run, because
+    the system's words name no file."""
+    if isinstance(error, SaveError) or not disk_is_full(error):
+        return str(error)
+    return f"{run!r} cannot be written to: {reason(error)}. {last_complete(Path(run))}"
+
+
+def last_complete(run: Path) -> str:
+    left = next(iter(checkpoints(run)), None)
+    return f"The last complete checkpoint is {left.name!r}." if left else "There is no earlier checkpoint."
+
+
 class AtomicCheckpoints:
     """Goes in front of transformers' Trainer; its checkpoints are then written aside and renamed when complete.
 
@@ -165,11 +179,7 @@ class AtomicCheckpoints:
             if self.args.should_save:
                 settle(run)
             if is_writing_error(error):
-                left = next(iter(checkpoints(run)), None)
-                raise SaveError(
-                    f"{str(final)!r} cannot be saved: {reason(error)}. "
-                    + (f"The last complete checkpoint is {left.name!r}." if left else "There is no earlier checkpoint.")
-                ) from error
+                raise SaveError(f"{str(final)!r} cannot be saved: {reason(error)}. {last_complete(run)}") from error
             raise
         finally:
             self._staging = False

@@ -227,7 +227,7 @@ class Packer:
     that nothing is learned from; with `cut_documents=False` so is every row without room for the whole next document,
     and only what is longer than a row is cut.
 
-    Raises: ValueError for a fim_rate above 0 with a tokenizer that has no tokens for it.
+    Raises: ValueError if the tokenizer lacks one of the special tokens, or those of a fim_rate above 0.
     """
 
     def __init__(
@@ -240,6 +240,9 @@ class Packer:
     ):
         self.tokenizer, self.sequence_length, self.fim_rate, self.seed = tokenizer, sequence_length, fim_rate, seed
         self.cut_documents = cut_documents
+        lacking = [token for token in ("bos_token", "eos_token", "pad_token") if getattr(tokenizer, token) is None]
+        if lacking:
+            raise ValueError(f"the tokenizer has no {', '.join(lacking)}: documents cannot be packed into rows without")
         self.fim = fim_tokens(tokenizer) if fim_rate else None
 
     def __call__(self, texts: list[str]) -> dict[str, list[list[int]]]:
@@ -298,11 +301,16 @@ class Packer:
 
 
 def pack(
-    documents: Dataset, tokenizer: PreTrainedTokenizerBase, sequence_length: int, workers: int = 1, **settings
+    documents: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    sequence_length: int,
+    workers: int = 1,
+    name: str = "the corpus",
+    **settings,
 ) -> Dataset:
     """Tokenises documents and packs each 1000 of them into rows by a `Packer` of these settings.
 
-    Raises: ValueError if all documents together are shorter than one row.
+    Raises: ValueError if all documents together, `name` in the message, are shorter than one row.
     """
     rows = documents.map(
         Packer(tokenizer, sequence_length, **settings),
@@ -318,7 +326,7 @@ def pack(
         learned += sum(position > 0 for position in row["position_ids"])
         if learned >= sequence_length - 1:
             return rows.with_format("torch")
-    raise ValueError(f"the corpus has only {learned} tokens to learn from, less than one sequence of {sequence_length}")
+    raise ValueError(f"{name} has only {learned} tokens to learn from, less than one sequence of {sequence_length}")
 
 
 def collate(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

@@ -1,6 +1,11 @@
-"""What stops a run: losses and gradients that are no numbers, named with the step and the module."""
+"""What stops a run: losses and gradients that are no numbers, named with the step and the module; a full disk under a
+thread that writes a log."""
 
+import errno
 import math
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from accelerate.utils import gather_object
@@ -90,3 +95,26 @@ def describe_loss(accelerator, model: nn.Module, inputs: dict, loss: float) -> s
     where = f", first in the output of {module}" if module else ""
     mine = None if math.isfinite(loss) else f"the loss is {loss}{process}{where}. No checkpoint holds this step."
     return next(message for message in gather_object([mine]) if message)
+
+
+def disk_is_full(error: BaseException) -> bool:
+    """Whether it says that no space is left, on the disk or of a user's share of it."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+@contextmanager
+def full_disks_of_threads() -> Iterator[None]:
+    """A full disk under a thread (TensorBoard's writer is one) is the run's error, and no traceback besides. The writer
+    passes its error on at its next call only, and the last call has no next one."""
+    found, before = [], threading.excepthook
+
+    def hook(told):
+        found.append(told.exc_value) if disk_is_full(told.exc_value) else before(told)
+
+    threading.excepthook = hook
+    try:
+        yield
+        if found:
+            raise found[0]
+    finally:
+        threading.excepthook = before

@@ -12,11 +12,10 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer, set_seed
-
-import modeling_nanodeepseek  # noqa: F401  (registers the model with AutoModelForCausalLM)
+from transformers import TextStreamer, set_seed
 
 from .adapters import base_of_adapter
+from .loading import load_model, load_tokenizer, position_limit
 
 
 def number(kind: type, low: float, high: float = float("inf"), above: bool = False):
@@ -45,21 +44,16 @@ class Writer:
     """
 
     def __init__(self, model: str, device: str | None = None, **settings):
-        try:
-            place = torch.zeros(1, device=device or ("cuda" if torch.cuda.is_available() else "cpu")).device
-        except (RuntimeError, AssertionError) as error:
-            raise ValueError(f"--device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
-        base = base_of_adapter(model)  # transformers puts the adapter on it; its tokenizer counts if there is no other
+        self.model = load_model(model, device, adapters=True)
+        base = base_of_adapter(model)  # whose tokenizer counts if the adapter has none beside it
         vocabulary = base if base and not Path(model, "tokenizer_config.json").is_file() else model
-        self.tokenizer = AutoTokenizer.from_pretrained(vocabulary, padding_side="left", trust_remote_code=False)
-        self.model = AutoModelForCausalLM.from_pretrained(model, dtype="auto", trust_remote_code=False)  # nor ask
-        self.model.to(place).eval()
+        self.tokenizer = load_tokenizer(vocabulary, padding_side="left")
         self.settings = settings
 
     def encode(self, texts: list[str], add_special_tokens: bool = True):
         """Left-padded ids and mask on the model's device. Raises ValueError if no room is left to write in."""
         batch = self.tokenizer(texts, add_special_tokens=add_special_tokens, padding=True, return_tensors="pt")
-        length, limit = batch["input_ids"].shape[1], self.model.config.position_limit
+        length, limit = batch["input_ids"].shape[1], position_limit(self.model.config)
         if length >= limit:
             raise ValueError(f"the prompt has {length} tokens; the model's max_position_embeddings is {limit}")
         return batch.to(self.model.device)

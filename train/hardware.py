@@ -36,6 +36,12 @@ def use_threads(count: int | None = None) -> int:
     return torch.get_num_threads()
 
 
+def resident_bytes(field: str) -> int:
+    """Memory of this process on Linux: `VmRSS:` now, `VmHWM:` at its peak."""
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(field))
+
+
 def multiplies_bf16(device: torch.device) -> bool:
     """Whether the device multiplies bf16 natively: recent GPUs, and CPUs with AMX. Elsewhere fp32 is faster."""
     if device.type == "cuda":

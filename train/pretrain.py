@@ -15,7 +15,7 @@ import torch
 import transformers
 from accelerate import PartialState
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoTokenizer, TrainingArguments, pipeline, set_seed
+from transformers import TrainingArguments, pipeline, set_seed
 
 from modeling_nanodeepseek import NanoDeepSeekConfig, NanoDeepSeekForCausalLM
 from modeling_nanodeepseek.saving import replacing
@@ -23,11 +23,13 @@ from modeling_nanodeepseek.saving import replacing
 from .accounting import count_parameters
 from .adapters import refuse_adapter
 from .card import tables
-from .checkpointing import STATE, checkpoints
+from .checkpointing import STATE, checkpoints, explain
 from .data import Packer, collate, hold_out, load_documents, pack
-from .faults import lost_others
+from .faults import NonFiniteError, full_disks_of_threads, lost_others
 from .fp8 import convert_to_fp8, describe_fp8, launched_in_fp8, precision_of, trains_in_fp8
 from .hardware import keep_memory, multiplies_bf16, name_of, use_threads
+from .loading import load_config
+from .loading import load_tokenizer as read_tokenizer
 from .models import build_model
 from .optimizers import parameter_groups
 from .parallel import share_experts
@@ -112,8 +114,10 @@ def checkpoint_of(recipe: Recipe) -> str | None:
 
 def load_tokenizer(recipe: Recipe, documents):
     checkpoint, path = checkpoint_of(recipe), recipe.tokenizer.path
+    if checkpoint is not None and not Path(checkpoint).is_dir():
+        load_config(checkpoint)  # else its tokenizer would be what is missed
     if path or checkpoint:
-        return AutoTokenizer.from_pretrained(folder_or_name(path, "tokenizer.path") if path else checkpoint)
+        return read_tokenizer(folder_or_name(path, "tokenizer.path") if path else checkpoint)
 
     def texts():
         left = recipe.tokenizer.train_megabytes * 1e6
@@ -225,9 +229,8 @@ def build_trainer(recipe: Recipe, args: TrainingArguments) -> NanoDeepSeekTraine
         model = load_model(recipe, tokenizer)
         length, workers = recipe.data.sequence_length, recipe.data.workers
         train_rows = training_rows(recipe, train_documents, tokenizer, args.seed)
-        validation_rows = pack(
-            validation_documents, tokenizer, length, workers, cut_documents=recipe.data.cut_documents
-        )
+        whole = {"name": "the validation text", "cut_documents": recipe.data.cut_documents}
+        validation_rows = pack(validation_documents, tokenizer, length, workers, **whole)
         fresh = recipe.tokenizer.path is None and recipe.model.checkpoint is None
         if fresh or recipe.model.context is not None:
             tokenizer.model_max_length = model.config.max_position_embeddings
@@ -332,9 +335,10 @@ def launch(run: Callable[[Recipe], dict[str, float]], recipe: Recipe):
     """Runs a recipe as a program does: a problem of the user's ends it with one message."""
     keep_memory()
     try:
-        run(recipe)
-    except (ValueError, OSError, StrictDataclassError) as error:
-        sys.exit(f"error: {error}")
+        with full_disks_of_threads():
+            run(recipe)
+    except (ValueError, OSError, StrictDataclassError, NonFiniteError) as error:
+        sys.exit(f"error: {explain(error, recipe.output_dir)}")
     except RuntimeError as error:
         if not lost_others(error):
             raise
