@@ -20,7 +20,7 @@ from transformers import Cache, PreTrainedModel
 from modeling_nanodeepseek import Fp8LatentCache, LatentCache, NanoDeepSeekConfig
 
 from .hardware import resident_bytes, use_threads
-from .loading import load_config, load_model, position_limit
+from .loading import load_model, position_limit
 
 CACHES = ("default", "fp8")
 
@@ -109,12 +109,13 @@ def measure(
 ) -> list[dict]:
     """Of each context, the shortest first: tokens per second of prefill and decode, peak memory, bytes of the cache.
 
+    `check_contexts` says which contexts are possible.
+
     Args:
         written: tokens of the context that are written, the rest is read.
         rows: texts at a time; tokens per second are of all of them.
         threads: CPU threads; default: all cores.
     """
-    check_contexts(load_config(model, **overrides or {}), contexts, written)
     use_threads(threads)
     memory = PeakMemory(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
     loaded = load_model(model, device, dtype, **overrides or {})

@@ -225,13 +225,20 @@ def test_a_disk_that_fills_up_under_a_log(whole, recipe, tmp_path, small_disk, m
         on_log(self, args, state, *rest, **kwargs)
         if state.global_step == 5 and not ballast.exists():
             ballast.write_bytes(bytes(shutil.disk_usage(small_disk).free))
+            for events in small_disk.rglob("events.out.tfevents*"):  # whose last page has room for some more
+                with events.open("ab") as file:
+                    file.write(bytes(-events.stat().st_size % os.sysconf("SC_PAGE_SIZE")))
 
     with monkeypatch.context() as patch:
         patch.setattr(trainer_module.LineCallback, "on_log", fill)
         with pytest.raises(SystemExit) as caught:
             pretrain.main(command(given, tmp_path))
     message, run = str(caught.value), small_disk / "run"
-    assert message.startswith(f"error: '{run}") and "o space left" in message and "\n" not in message
+    assert (
+        message.startswith(f"error: '{run}' cannot be written to: ")
+        and "o space left" in message
+        and "\n" not in message
+    )
     assert "last complete checkpoint is 'checkpoint-4'" in message and "Traceback" not in capfd.readouterr().err
     assert {path.name for path in run.iterdir()} == {"checkpoint-2", "checkpoint-4", "runs"}
     ballast.unlink()
