@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 from modeling_nanodeepseek import LoadBalancingCallback
 from modeling_nanodeepseek.balancing import ExpertLoad
 from modeling_nanodeepseek.moe import TopkRouter
+from modeling_nanodeepseek.saving import SaveError, reason
 
 from .gradients import layer_of
 
@@ -84,6 +85,10 @@ class ExpertLoadLog(TrainerCallback):
             return
         bias = [[float(f"{b:.6g}") for b in row] for row in load.bias.tolist()]
         entry = {"step": state.global_step, "layers": self.layers, "tokens": load.tokens.tolist(), "bias": bias}
-        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-        with Path(args.output_dir, FILE).open("a") as file:
-            file.write(json.dumps(entry) + "\n")
+        path = Path(args.output_dir, FILE)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a") as file:
+                file.write(json.dumps(entry) + "\n")
+        except OSError as error:
+            raise SaveError(f"{str(path)!r} cannot be written: {reason(error)}") from error

@@ -152,7 +152,7 @@ def test_a_checkpoint_is_whole_whenever_it_is_killed(exists, whole, recipe, tmp_
         assert good is not None and not refused, number
         state = run / marker
         seen.append(state.exists() and json.loads(state.read_text())["total_flos"] == 12345.0)
-        assert {path.name for path in run.iterdir()} <= {"checkpoint-2", "checkpoint-4"}
+        assert {path.name for path in run.iterdir()} <= {"checkpoint-2", "checkpoint-4", "expert_load.jsonl"}
     assert len(seen) > 8 and seen == sorted(seen) and set(seen) == {False, True}
 
 
@@ -191,7 +191,7 @@ def test_a_full_disk_ends_the_run_with_one_error(kind, whole, recipe, tmp_path, 
     assert message.startswith("error: ") and "\n" not in message
     for words in ("checkpoint-6' cannot be saved", "o space left on", "last complete checkpoint is 'checkpoint-4'"):
         assert words in message, message
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {"checkpoint-2", "checkpoint-4"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"checkpoint-2", "checkpoint-4", "expert_load.jsonl"}
     NanoDeepSeekForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint-4")
     pretrain.run(recipe())
     assert_same_run(tmp_path / "run", whole)
@@ -208,7 +208,7 @@ def test_a_really_full_disk(whole, recipe, tmp_path, small_disk):
     (small_disk / "ballast").write_bytes(bytes(shutil.disk_usage(small_disk).free - 150_000))
     with pytest.raises(SystemExit, match="error: .*checkpoint-6' cannot be saved.*o space left.*'checkpoint-4'"):
         pretrain.main(command(second, tmp_path))
-    assert {path.name for path in run.iterdir()} == {"checkpoint-2", "checkpoint-4"}
+    assert {path.name for path in run.iterdir()} == {"checkpoint-2", "checkpoint-4", "expert_load.jsonl"}
     check_resumable(run / "checkpoint-4")
     (small_disk / "ballast").unlink()
     pretrain.run(second)
@@ -361,7 +361,7 @@ def test_true_without_a_checkpoint_starts_anew_and_says_so(recipe, capsys, tmp_p
     (tmp_path / "run" / "checkpoint-2").rename(stage / "checkpoint-2")
     assert trainer.train(resume_from_checkpoint=True).global_step == 2
     assert f"resuming from {tmp_path / 'run' / 'checkpoint-2'}" in capsys.readouterr().out
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoint-2"]
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"checkpoint-2", "expert_load.jsonl"}
 
 
 class Rows(torch.utils.data.Dataset):
