@@ -17,7 +17,7 @@ from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, PreTraine
 from modeling_nanodeepseek import NanoDeepSeekForCausalLM
 from modeling_nanodeepseek.balancing import routers
 from modeling_nanodeepseek.checkpoints import register_conversions
-from modeling_nanodeepseek.remote_code import code_files
+from modeling_nanodeepseek.remote_code import LICENSE, code_files
 from modeling_nanodeepseek.stacking import awaited_experts
 from tests.conftest import assert_close, tiny_config, tiny_model, tokens
 
@@ -164,6 +164,7 @@ def test_a_round_trip_changes_no_bit(dtype, tied, form, tmp_path):
     assert {name for name in names if "safetensors.index" not in name and "-of-" not in name} == {
         "config.json", "generation_config.json", *([] if form else ["model.safetensors"]),
         *(path.name for path in code_files()),
+        LICENSE,
     }  # fmt: skip
     expected = model(tokens()).logits
     for road, settings in LOADS.items():
@@ -539,7 +540,7 @@ def test_nothing_but_safetensors_and_code_is_written(tmp_path):
     model.save_pretrained(tmp_path / "b", max_shard_size="20KB")
     model.model.save_pretrained(tmp_path / "c")
     kinds = {path.suffix for path in tmp_path.rglob("*") if path.is_file()}
-    assert kinds == {".json", ".safetensors", ".py"}
+    assert kinds == {".json", ".safetensors", ".py", ""}  # the last is the licence of the code
 
 
 @pytest.mark.parametrize("name", ["model.layers.0.self_attn.o_proj.bias", "model.layers.1.mlp.gate.weight_scale_inv"])

@@ -240,10 +240,10 @@ class Packer:
     ):
         self.tokenizer, self.sequence_length, self.fim_rate, self.seed = tokenizer, sequence_length, fim_rate, seed
         self.cut_documents = cut_documents
+        self.fim = fim_tokens(tokenizer) if fim_rate else None
         lacking = [token for token in ("bos_token", "eos_token", "pad_token") if getattr(tokenizer, token) is None]
         if lacking:
             raise ValueError(f"the tokenizer has no {', '.join(lacking)}: documents cannot be packed into rows without")
-        self.fim = fim_tokens(tokenizer) if fim_rate else None
 
     def __call__(self, texts: list[str]) -> dict[str, list[list[int]]]:
         bos, eos, pad = (getattr(self.tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad"))

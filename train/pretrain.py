@@ -108,14 +108,15 @@ def checkpoint_of(recipe: Recipe) -> str | None:
     if recipe.model.checkpoint is None:
         return None
     checkpoint = folder_or_name(recipe.model.checkpoint, "model.checkpoint")
-    refuse_adapter(checkpoint, "the start of a run (model.checkpoint)")
+    if Path(checkpoint).is_dir():
+        refuse_adapter(checkpoint, "the start of a run (model.checkpoint)")
+    else:
+        load_config(checkpoint)  # else its tokenizer would be what is missed
     return checkpoint
 
 
 def load_tokenizer(recipe: Recipe, documents):
     checkpoint, path = checkpoint_of(recipe), recipe.tokenizer.path
-    if checkpoint is not None and not Path(checkpoint).is_dir():
-        load_config(checkpoint)  # else its tokenizer would be what is missed
     if path or checkpoint:
         return read_tokenizer(folder_or_name(path, "tokenizer.path") if path else checkpoint)
 

@@ -240,7 +240,7 @@ def test_a_disk_that_fills_up_under_a_log(whole, recipe, tmp_path, small_disk, m
         and "\n" not in message
     )
     assert "last complete checkpoint is 'checkpoint-4'" in message and "Traceback" not in capfd.readouterr().err
-    assert {path.name for path in run.iterdir()} == {"checkpoint-2", "checkpoint-4", "runs"}
+    assert {path.name for path in run.iterdir()} == {"checkpoint-2", "checkpoint-4", "expert_load.jsonl", "runs"}
     ballast.unlink()
     pretrain.run(given)
     assert_same_run(run, whole)

@@ -155,7 +155,8 @@ def damaged(folder, tmp_path, kind):
     copy = tmp_path / kind
     shutil.copytree(folder / "ours", copy)
     if kind == "adapter":
-        (copy / "config.json").rename(copy / "adapter_config.json")
+        (copy / "config.json").unlink()
+        (copy / "adapter_config.json").write_text('{"base_model_name_or_path": "some/base", "peft_type": "LORA"}')
     elif kind == "untold":
         for name in ("tokenizer.json", "tokenizer_config.json"):
             (copy / name).unlink()
@@ -170,7 +171,7 @@ REFUSED = {  # the model, arguments, words of the one message
     "absent folder": ("/nope/model", DATA, ["'/nope/model' is not a folder"]),
     "absent name": ("runs/nope", DATA, ["'runs/nope' is not a folder, and not to be had from the Hub"]),
     "no checkpoint": ("empty", DATA, ["empty' holds no config.json"]),
-    "adapter": ("adapter", DATA, ["adapter' holds an adapter and no model", "lora.merge=true"]),
+    "adapter": ("adapter", DATA, ["adapter' is no model but a LoRA adapter for 'some/base'", "lora.merge=true"]),
     "no tokenizer": ("untold", DATA, ["untold' has no tokenizer that can be read"]),
     "absent data": ("ours", ["--data", "/nope.txt"], ["'/nope.txt' does not exist"]),
     "no text": ("ours", ["--data", "{folder}/tasks/empty.txt"], ["holds no text"]),
