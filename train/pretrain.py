@@ -135,7 +135,9 @@ def enter_stage(model: NanoDeepSeekForCausalLM, section: ModelSection) -> NanoDe
     return model
 
 
-def build_trainer(recipe: Recipe, args: TrainingArguments) -> NanoDeepSeekTrainer:
+def build_trainer(
+    recipe: Recipe, args: TrainingArguments, kind: type[NanoDeepSeekTrainer] = NanoDeepSeekTrainer
+) -> NanoDeepSeekTrainer:
     """Everything up to the first step: data read, tokenizer trained, model built, rows packed."""
     with args.main_process_first(desc="preparing data"):
         train_documents, validation_documents = load_data(recipe)
@@ -147,7 +149,7 @@ def build_trainer(recipe: Recipe, args: TrainingArguments) -> NanoDeepSeekTraine
         validation_rows = pack(validation_documents, tokenizer, length, workers)
         if recipe.tokenizer.path is None and recipe.model.checkpoint is None:
             tokenizer.model_max_length = model.config.max_position_embeddings
-    return NanoDeepSeekTrainer(
+    return kind(
         model,
         args,
         recipe=recipe,

@@ -163,6 +163,13 @@ class MtpSection(Section):
     detach_trunk: bool = False  # the loss reaches the modules alone
 
 
+class PipelineSection(Section):
+    """How `train.pipeline` spreads the layers over processes, and in which order their micro-batches run."""
+
+    schedule: Literal["1f1b", "zb1p", "zbv", "dualpipev"] = "1f1b"  # zbv, dualpipev: two stages on each process
+    layers: list[Annotated[int, Field(ge=1)]] | None = None  # decoder layers of each stage; default: evenly
+
+
 class CardSection(Section):
     """What the model card (README.md) says beyond what the run knows: identifiers as the Hub has them."""
 
@@ -188,6 +195,7 @@ class Recipe(Section):
     schedule: ScheduleSection = Field(default_factory=ScheduleSection)
     balance: BalanceSection = Field(default_factory=BalanceSection)
     mtp: MtpSection | None = None  # for a model with num_nextn_predict_layers; default: its config's mtp_loss_coef
+    pipeline: PipelineSection | None = None  # for train.pipeline
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the hardware multiplies it natively
     card: CardSection = Field(default_factory=CardSection)
     threads: int | None = Field(default=None, ge=1)  # CPU threads; default: this process's share of the cores
