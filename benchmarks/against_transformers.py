@@ -39,6 +39,7 @@ import transformers
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, DeepseekV32Config, DeepseekV32ForCausalLM
 
 from modeling_nanodeepseek import NanoDeepSeekConfig, NanoDeepSeekForCausalLM
+from train.hardware import resident_bytes
 from train.recipe import REPOSITORY
 
 # 6 layers, 512 wide, 8 heads, kv rank 128, q rank 192, 16 experts top-4 in 4 groups, vocabulary 8192: 46 M parameters.
@@ -307,11 +308,6 @@ def measure_decode(args: argparse.Namespace, tokens: int = 16) -> dict:
     result = compare(take_turns(steps, args))
     per_token = {f"{kind}_s_per_token": result.pop(f"{kind}_s") / tokens for kind in steps}
     return {"logits": error, "context": ids.shape[1]} | per_token | result
-
-
-def resident_bytes(field: str) -> int:
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(field))
 
 
 def peak_of_training(kind: str, args: argparse.Namespace) -> int:

@@ -1,13 +1,15 @@
 """Trains the quickstart with and without multi-token prediction on the same tokens, and decodes held-out text with both
 ways of decoding; writes figures.
 
-    python -m benchmarks.mtp [--folder runs/mtp] [--steps 240] [--seeds 1] [--threads 2]
+    python -m benchmarks.mtp [--folder runs/mtp] [--steps 240] [--seeds 1] [--threads 2] [--deeper 8]
 
 Quality: validation bits per byte of the main head, with D = 1 and without, at equal steps, seed by seed.
 Speed: greedy continuations of held-out files, plain and by `generate(use_mtp=True)` in turns; the texts must be equal.
 `ratio` is the median over prompts of plain seconds / drafted seconds; acceptance is the share of drafted second tokens
 that the model itself would have written. A run whose result lies in the folder already is not run again. Writes
 benchmarks/results/DATE-DEVICE-mtp.json; the last line is one JSON object.
+
+A module costs one layer, so drafting pays with the number of layers: `--deeper` measures the same model with so many.
 """
 
 import argparse
@@ -32,8 +34,10 @@ from train.recipe import REPOSITORY, Recipe, load_recipe
 RECIPES = {"without": "quickstart", "with": "quickstart_mtp"}
 
 
-def recipe_of(kind: str, seed: int, args: argparse.Namespace) -> Recipe:
-    changes = [f"output_dir={args.folder / f'{kind}-{seed}'}", f"threads={args.threads}", "schedule.max_seconds=null"]
+def recipe_of(kind: str, seed: int, args: argparse.Namespace, layers: int | None = None) -> Recipe:
+    name = f"{kind}-{seed}" if layers is None else f"{kind}-{seed}-{layers}-layers"
+    changes = [f"output_dir={args.folder / name}", f"threads={args.threads}", "schedule.max_seconds=null"]
+    changes += [] if layers is None else [f"model.overrides.num_hidden_layers={layers}"]
     changes += ["prompt=null", f"trainer.seed={seed}", "trainer.report_to=none", f"trainer.max_steps={args.steps}"]
     return load_recipe(f"configuration/recipes/{RECIPES[kind]}.yaml", changes)
 
@@ -72,6 +76,7 @@ def measure_decoding(recipe: Recipe, drafts: int, args: argparse.Namespace) -> d
         ratios.append(plain_seconds[-1] / statistics.median(seconds["drafted"]))
     steps, drafted, accepted = counts
     return {
+        "layers": model.config.num_hidden_layers,
         "drafts": drafts,
         "prompts": len(texts),
         "equal_texts": equal,
@@ -88,6 +93,7 @@ def main():
     parser.add_argument("--folder", type=Path, default=REPOSITORY / "runs" / "mtp")
     parser.add_argument("--steps", type=int, default=240)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
+    parser.add_argument("--deeper", type=int, help="layers of a second model to decode with")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--decode-threads", type=int, default=1)
     parser.add_argument("--drafts", type=int, nargs="+", default=[1, 2, 3])
@@ -106,8 +112,12 @@ def main():
             row[kind] = metrics["eval_bits_per_byte"]
             row |= {"mtp_accuracy": metrics["eval_mtp_accuracy_1"]} if kind == "with" else {}
         quality.append(row)
+    models = [recipe_of("with", args.seeds[0], args)]
+    if args.deeper:
+        models.append(recipe_of("with", args.seeds[0], args, args.deeper))
+        finished(models[-1]) or pretrain.run(models[-1])
     use_threads(args.decode_threads)
-    decoding = [measure_decoding(recipe_of("with", args.seeds[0], args), n, args) for n in args.drafts]
+    decoding = [measure_decoding(recipe, drafts, args) for recipe in models for drafts in args.drafts]
     device = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
     kept = {"command": "python -m benchmarks.mtp", "date": datetime.date.today().isoformat()}
     kept |= {"device": processor(device), "steps": args.steps, "threads": args.threads}

@@ -148,16 +148,20 @@ def draw(runs: dict, rows: list[dict], path: Path):
             for kind, stage, index, start, end in events:
                 second = SCHEDULES[row["schedule"]].is_v and stage >= len(runs[row["schedule"]])
                 alpha = 0.55 if second else 1.0
-                axis.barh(rank, end - start, left=start, color=COLOURS[kind], alpha=alpha, edgecolor="white", height=0.9)
+                axis.barh(
+                    rank, end - start, left=start, color=COLOURS[kind], alpha=alpha, edgecolor="white", height=0.9
+                )
                 axis.text((start + end) / 2, rank, index, ha="center", va="center", fontsize=6, color="white")
         axis.set(yticks=range(len(runs[row["schedule"]])), ylabel="process")
         axis.set_title(
-            f"{row['schedule']}: idle {row['measured']:.1f} units of {row['span']:.1f}, by formula {row['formula']:.1f}",
+            f"{row['schedule']}: idle {row['measured']:.1f} of {row['span']:.1f} units, formula {row['formula']:.1f}",
             loc="left",
         )
         axis.invert_yaxis()
     axes[-1].set_xlabel("time, in units (pale: the second stage of a process; numbers: micro-batches)")
-    figure.legend(handles=[Patch(color=COLOURS[k], label=NAMES[k]) for k in COLOURS], loc="outside upper right", ncols=4)
+    figure.legend(
+        handles=[Patch(color=COLOURS[k], label=NAMES[k]) for k in COLOURS], loc="outside upper right", ncols=4
+    )
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.nn import functional as F
 from transformers.cache_utils import Cache
@@ -16,7 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .blocked_attention import blocked_attention
 from .configuration_nanodeepseek import NanoDeepSeekConfig
-from .layers import RMSNorm
+from .layers import RMSNorm, is_quantized
 from .rotary import rotate, softmax_scale
 
 
@@ -49,13 +50,13 @@ def eager_attention(
     return (weights @ value).transpose(1, 2), weights
 
 
-def sum_gradient(x: torch.Tensor, weight: DTensor) -> torch.Tensor:
-    """x, the same on all ranks that hold a part of `weight`; its gradient is the sum of theirs.
+def sum_gradient(x: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
+    """x, the same on all ranks of `mesh`; its gradient is the sum of theirs.
 
     Where heads are spread over ranks (tensor parallel), each sees the gradient of its own heads alone. kv_b_proj's
     forward adds them up for the latents it is given, but the absorbed form uses its weight alone.
     """
-    whole = DTensor.from_local(x, weight.device_mesh, [Replicate()], run_check=False)
+    whole = DTensor.from_local(x, mesh, [Replicate()], run_check=False)
     return whole.to_local(grad_placements=[Partial()])
 
 
@@ -128,6 +129,7 @@ class MultiHeadLatentAttention(nn.Module):
         self.kv_a_layernorm = RMSNorm(self.c, learned=config.rms_norm_weight)
         self.kv_b_proj = nn.Linear(self.c, heads * (self.n + self.v), bias=False)
         self.o_proj = nn.Linear(heads * self.v, hidden, bias=bias)
+        self.kept_mesh: DeviceMesh | None = None  # see `keep_head_mesh`
 
     def forward(
         self,
@@ -235,10 +237,20 @@ class MultiHeadLatentAttention(nn.Module):
     def absorbing_weights(self, latent_B1Sl) -> tuple[torch.Tensor, torch.Tensor]:
         """W_kv_b by heads, [H, n + v, c], and the latents as they may be used beside it (see `sum_gradient`)."""
         w_Hxc = self.kv_b_weight(latent_B1Sl).unflatten(0, (-1, self.n + self.v))
-        if isinstance(self.kv_b_proj.weight, DTensor):
+        if (mesh := self.head_mesh()) is not None:
             kv_B1Sc, k_rope_B1Sr = latent_B1Sl.split([self.c, self.r], dim=-1)
-            latent_B1Sl = torch.cat((sum_gradient(kv_B1Sc, self.kv_b_proj.weight), k_rope_B1Sr), dim=-1)
+            latent_B1Sl = torch.cat((sum_gradient(kv_B1Sc, mesh), k_rope_B1Sr), dim=-1)
         return w_Hxc, latent_B1Sl
+
+    def head_mesh(self) -> DeviceMesh | None:
+        """The ranks that the heads are spread over (tensor parallelism); None where each rank has all."""
+        weight = getattr(self.kv_b_proj, "weight", None)
+        return weight.device_mesh if isinstance(weight, DTensor) else self.kept_mesh
+
+    def keep_head_mesh(self):
+        """For quantised weights, before they are read: they are local tensors, put in the place of the DTensor."""
+        mesh = self.head_mesh()
+        self.kept_mesh = mesh["tp"] if mesh is not None and mesh.ndim > 1 else mesh
 
     def attend_folded(self, query_BHTl, key_B1Sl, value_B1Sl, attention_mask, **kwargs):
         """H heads on one key head as H T rows of one head, for backends that would copy the keys for each head.
@@ -274,7 +286,7 @@ class MultiHeadLatentAttention(nn.Module):
         held = type(self.kv_b_proj) is nn.Linear and weight.device == like.device
         if held and isinstance(weight, DTensor):
             return weight.to_local()
-        if held and not hasattr(weight, "__tensor_flatten__"):  # torchao keeps the Linear and wraps its weight
+        if held and not is_quantized(weight):  # torchao keeps the Linear and wraps its weight
             return weight
         return self.kv_b_proj(torch.eye(self.c, dtype=like.dtype, device=like.device)).mT
 

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
+from .attention import MultiHeadLatentAttention
 from .configuration_nanodeepseek import NanoDeepSeekConfig
 from .fp8 import asks_to_keep_fp8, block_of, keep_fp8, layout_problems, weights_of
 from .remote_code import save_code
@@ -174,6 +175,10 @@ class CheckpointMixin:
             state_dict = fp8_weights(model, files, load_config)
             if state_dict is not None:
                 checkpoint_files = None  # what is offloaded to disk would be read from there again, as it lies there
+        if load_config.is_quantized and (model.tp_size or 1) > 1:
+            for module in model.modules():
+                if isinstance(module, MultiHeadLatentAttention):
+                    module.keep_head_mesh()
         # transformers logs a table and goes on, with fresh weights for those missing; here is the place to know better.
         loaded = PreTrainedModel._load_pretrained_model(
             model, state_dict, checkpoint_files, load_config, *args, **kwargs
@@ -183,7 +188,7 @@ class CheckpointMixin:
             if absent:
                 raise CheckpointError(f"the adapter lacks {listed(absent)}: it is incomplete, or another model's")
             return loaded
-        if files and not load_config.is_quantized and not load_config.ignore_mismatched_sizes:
+        if files and not load_config.ignore_mismatched_sizes:
             problems = loading_problems(model, loaded[0], files)
             if problems:
                 raise CheckpointError(

@@ -4,6 +4,7 @@ import functools
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
@@ -25,6 +26,13 @@ def compute_dtype(x: torch.Tensor) -> torch.dtype:
     if device == "cpu" and dtype == torch.bfloat16 and not CPU_MULTIPLIES_BF16:
         return x.dtype
     return dtype
+
+
+def is_quantized(weight: torch.Tensor) -> bool:
+    """Whether these are a quantiser's numbers: integers (bitsandbytes), or a tensor of its own that passes for floating
+    ones (torchao)."""
+    wraps = hasattr(weight, "__tensor_flatten__") and not isinstance(weight, DTensor)
+    return wraps or not weight.is_floating_point()
 
 
 def without_autocast(function):

@@ -165,6 +165,8 @@ class NanoDeepSeekPreTrainedModel(SparseStages, CheckpointMixin, PreTrainedModel
         super().post_init()
         if not self.config.has_indexer:  # transformers wants no names there of modules that are not
             self._keep_in_fp32_modules_strict.discard("indexer.weights_proj")
+        if not self.config.num_nextn_predict_layers:  # accelerate's FSDP refuses names of layers that are not there
+            self._no_split_modules = set(self._no_split_modules) - {"MultiTokenPredictor"}
         self.freeze_for_stage()
 
     def update_expert_bias(self, gamma: float = 1e-3, centre: bool = False) -> ExpertLoad | None:

@@ -15,7 +15,10 @@ from pathlib import Path
 from transformers import PreTrainedConfig
 from transformers.dynamic_module_utils import get_relative_import_files
 
+from .licence import APACHE_2_0
+
 MODELING = "modeling_nanodeepseek"
+LICENSE = "LICENSE-CODE"  # of the code; the weights beside it may have another, whose file is not ours to replace
 
 # All that the package registers, whichever class is saved: a classifier may start from a language model's weights.
 AUTO_MAP = {
@@ -35,7 +38,9 @@ def code_files() -> list[Path]:
 
 
 def save_code(folder: Path, config: PreTrainedConfig):
-    """Copies the code into `folder` and names its classes in `config.auto_map`; entries of other classes stay."""
+    """Copies the code and its licence into `folder`, and names its classes in `config.auto_map`; entries of other
+    classes stay."""
     for file in code_files():
         shutil.copyfile(file, folder / file.name)
+    (folder / LICENSE).write_text(APACHE_2_0, "utf-8")
     config.auto_map = (getattr(config, "auto_map", None) or {}) | AUTO_MAP

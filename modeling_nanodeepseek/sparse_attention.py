@@ -5,7 +5,6 @@ and its queries flattened), j indexer heads, i their width.
 """
 
 import torch
-from torch.distributed.tensor import DTensor
 from transformers.cache_utils import Cache
 
 from .attention import MultiHeadLatentAttention, backend_of
@@ -288,8 +287,7 @@ class DeepseekSparseAttention(MultiHeadLatentAttention):
 
     def mean_over_ranks(self, p: torch.Tensor) -> torch.Tensor:
         """The mean over all heads, where tensor parallelism gives each rank a part of them."""
-        weight = self.kv_b_proj.weight
-        if isinstance(weight, DTensor):
-            torch.distributed.all_reduce(p, group=weight.device_mesh.get_group())
-            p /= weight.device_mesh.size()
+        if (mesh := self.head_mesh()) is not None:
+            torch.distributed.all_reduce(p, group=mesh.get_group())
+            p /= mesh.size()
         return p

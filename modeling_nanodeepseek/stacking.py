@@ -25,8 +25,9 @@ def listed(names: Iterable[str], most: int = 3) -> str:
 
 def expert_keys(module: nn.Module, prefix: str) -> dict[str, list[list[str]]]:
     """Each stacked parameter of an experts module -> per expert, the keys on disk that it is made of."""
+    # Of all experts: where processes share them, `num_experts` is how many are held here.
     return {
-        parameter: [[f"{prefix}{e}.{part}.weight" for part in parts] for e in range(module.num_experts)]
+        parameter: [[f"{prefix}{e}.{part}.weight" for part in parts] for e in range(len(getattr(module, parameter)))]
         for parameter, parts in module.stacked_names.items()
     }
 
@@ -35,7 +36,7 @@ def misfits(module: nn.Module, prefix: str, shapes: Shapes) -> list[str]:
     """Per-expert keys under `prefix` of a wrong shape, or of experts that the module does not have."""
     problems = []
     for parameter, experts in expert_keys(module, prefix).items():
-        _, rows, columns = getattr(module, parameter).shape
+        count, rows, columns = getattr(module, parameter).shape
         expected = (rows // len(experts[0]), columns)
         problems += [
             f"{name} is {list(shapes[name])}, not {list(expected)}"
@@ -44,9 +45,9 @@ def misfits(module: nn.Module, prefix: str, shapes: Shapes) -> list[str]:
             if shapes.get(name, expected) != expected
         ]
     numbers = {name.removeprefix(prefix).split(".")[0] for name in shapes if name.startswith(prefix)}
-    extra = sorted(int(number) for number in numbers if number.isdigit() and int(number) >= module.num_experts)
+    extra = sorted(int(number) for number in numbers if number.isdigit() and int(number) >= count)
     if extra:
-        problems.append(f"{prefix}{extra[0]} is there, and the model has {module.num_experts} experts")
+        problems.append(f"{prefix}{extra[0]} is there, and the model has {count} experts")
     return problems
 
 

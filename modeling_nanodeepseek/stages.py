@@ -10,6 +10,7 @@ import copy
 import torch
 
 from .configuration_nanodeepseek import NanoDeepSeekConfig
+from .layers import is_quantized
 
 
 class SparseStages:
@@ -52,8 +53,8 @@ class SparseStages:
         further = tuple(f"layers.{config.num_hidden_layers + k}." for k in range(config.num_nextn_predict_layers))
         for name, parameter in self.named_parameters():
             of_mtp = any(layer in name for layer in further)
-            if not parameter.is_floating_point():
-                continue  # quantised: it cannot learn
+            if is_quantized(parameter):
+                continue  # it cannot learn
             elif of_mtp and not trains_mtp:
                 parameter.requires_grad_(False)
             elif ".indexer." in name:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from modeling_nanodeepseek.fp8 import dequantize, grid, quantize
+from modeling_nanodeepseek.fp8 import dequantize, grid, quantize, rounded
 from tests.conftest import rms_ratio
 
 BLOCK = (8, 12)
@@ -47,3 +47,16 @@ def test_what_was_quantized_once_stays_as_it_is():
     in_bf16 = dequantize(quantized, scale, BLOCK, torch.bfloat16)
     again, scale_again = quantize(in_bf16, BLOCK, ue8m0=True)
     assert torch.equal(again.float(), quantized.float()) and torch.equal(scale, scale_again)
+
+
+@pytest.mark.parametrize("block", [(8, 12), (1, 12), (8, 1), (128, 128)])
+def test_rounding_in_one_pass_is_quantising_and_back(block):
+    """To the bit: every E4M3 number of both signs, subnormal ones too, partial blocks, scales at the edge of fp32."""
+    every = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().nan_to_num(448.0)
+    x = torch.cat((every.view(16, 16), torch.randn(21, 16) * torch.logspace(-44, 30, 21)[:, None], torch.zeros(9, 16)))
+    for ue8m0 in (False, True):
+        assert torch.equal(rounded(x, block, ue8m0), dequantize(*quantize(x, block, ue8m0), block))
+    assert torch.equal(rounded(every.view(1, -1), (1, 256)), every.view(1, -1))
+    x[3, 5], x[40, 2] = float("nan"), float("inf")
+    bad = ~rounded(x, block).isfinite()
+    assert bad[3, 5] and bad[40, 2] and not (block == (1, 12) and bad[[0, 10]].any())

@@ -23,7 +23,8 @@ from transformers import (
 
 import modeling_nanodeepseek
 from modeling_nanodeepseek import NanoDeepSeekConfig, NanoDeepSeekForCausalLM, NanoDeepSeekForSequenceClassification
-from modeling_nanodeepseek.remote_code import AUTO_MAP, code_files
+from modeling_nanodeepseek.licence import APACHE_2_0
+from modeling_nanodeepseek.remote_code import AUTO_MAP, LICENSE, code_files
 from tests.conftest import SPARSE, tiny_config, tiny_model, tokens
 from tests.hub_server import USER, serving
 from tests.small_run import small_tokenizer
@@ -119,6 +120,14 @@ def test_the_folder_holds_all_that_the_model_is_made_of(tmp_path):
             elif isinstance(node, (ast.Import, ast.ImportFrom)):
                 imported = [node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
                 assert not {module.split(".")[0] for module in imported} & {*modules, LIBRARY.name}, name
+
+
+def test_the_code_goes_with_its_licence(tmp_path):
+    """As a file of its own, for the weights' licence may be another; wherever the package is installed from."""
+    assert APACHE_2_0 == (LIBRARY.parent / "LICENSE").read_text()
+    (tmp_path / "LICENSE").write_text("of the weights")
+    tiny_model().save_pretrained(tmp_path)
+    assert (tmp_path / LICENSE).read_text() == APACHE_2_0 and (tmp_path / "LICENSE").read_text() == "of the weights"
 
 
 def test_the_map_names_what_the_package_registers(tmp_path):
@@ -245,6 +254,7 @@ def test_three_generations_without_the_package(tmp_path):
     in_a_process(script, tmp_path)
     third = tmp_path / "third"
     assert {path.name for path in third.glob("*.py")} == CODE and len(list(third.glob("*.safetensors"))) > 1
+    assert (third / LICENSE).read_text() == APACHE_2_0
     assert (third / "modeling_nanodeepseek.py").read_bytes() == (LIBRARY / "modeling_nanodeepseek.py").read_bytes()
     assert torch.equal(NanoDeepSeekForCausalLM.from_pretrained(third)(ids).logits, expected)
     assert isinstance(
@@ -310,8 +320,8 @@ OTHER_CARD = "---\nlicense: mit\n---\n\n# What somebody wrote"
 
 
 def complete(files: dict[str, bytes]) -> bool:
-    """Whether the code that config.json names is there."""
-    return "config.json" not in files or CODE <= files.keys()
+    """Whether the code that config.json names is there, and its licence."""
+    return "config.json" not in files or CODE | {LICENSE} <= files.keys()
 
 
 def test_pushed_and_loaded_without_the_package(hub, tmp_path):

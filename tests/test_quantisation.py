@@ -4,12 +4,16 @@ They replace linear layers, or the weights of these. MLA's absorbed form takes k
 """
 
 import copy
+import re
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
+from modeling_nanodeepseek.stacking import CheckpointError
 from tests.conftest import SPARSE, assert_close, tiny_model, tokens
 from train.models import build_config
 
@@ -118,6 +122,39 @@ def test_bitsandbytes(kind, bits, tmp_path):
         assert_close(reference.self_attn.kv_b_proj.weight, read, {8: 0.02, 4: 0.15}[bits], "W_kv_b")
     cached = quantised.generate(tokens(1, 9), **GREEDY)
     assert cached.shape == (1, 17) and quantised(tokens()).logits.isfinite().all()
+
+
+QUANTISERS = {
+    "torchao": lambda: TorchAoConfig(pytest.importorskip("torchao.quantization").Int8WeightOnlyConfig()),
+    "bitsandbytes": lambda: pytest.importorskip("bitsandbytes") and BitsAndBytesConfig(load_in_8bit=True),
+}
+
+
+@pytest.mark.parametrize("quantiser", QUANTISERS)
+def test_what_is_missing_is_refused(quantiser, tmp_path):
+    """Of a plain checkpoint a layer to quantise, one not to, an expert; of one saved quantised the same layers."""
+    settings = {"quantization_config": QUANTISERS[quantiser](), "device_map": "cpu"}
+    saved(tmp_path / "plain", "dense")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "plain", **settings).save_pretrained(tmp_path / "quantised")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "quantised", device_map="cpu")  # whole
+    cuts = {
+        "plain": [
+            "layers.1.self_attn.o_proj.weight",
+            "layers.0.input_layernorm.weight",
+            "mlp.experts.3.up_proj.weight",
+        ],
+        "quantised": ["layers.1.self_attn.o_proj._weight", "layers.0.input_layernorm.weight"],
+    }
+    for folder, parts in cuts.items():
+        file = tmp_path / folder / "model.safetensors"
+        with safe_open(file, framework="pt") as opened:
+            metadata, tensors = opened.metadata(), {name: opened.get_tensor(name) for name in opened.keys()}
+        for part in parts:
+            save_file({name: tensor for name, tensor in tensors.items() if part not in name}, file, metadata)
+            missing = part.replace("_weight", "weight")
+            if any(part in name for name in tensors):
+                with pytest.raises(CheckpointError, match=f"{re.escape(missing)} is missing"):
+                    AutoModelForCausalLM.from_pretrained(tmp_path / folder, **(settings if folder == "plain" else {}))
 
 
 # As the README says: how much of each size, in per cent, lies in layers that are quantised.

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, modeling_utils
 
 from modeling_nanodeepseek import NanoDeepSeekForCausalLM, remote_code
-from modeling_nanodeepseek.remote_code import code_files
+from modeling_nanodeepseek.remote_code import LICENSE, code_files
 from modeling_nanodeepseek.saving import COMMITTED, STAGE, finish_saving, replacing
 from modeling_nanodeepseek.stacking import CheckpointError
 from tests.conftest import tiny_model
@@ -120,7 +120,7 @@ def test_an_old_single_file_does_not_outlive_new_shards(tmp_path):
     assert len(counts) == 1  # shards of one generation
     new.save_pretrained(tmp_path)
     assert equal(NanoDeepSeekForCausalLM.from_pretrained(tmp_path), new)
-    expected = {"model.safetensors", "model.fp16.safetensors", "config.json", "generation_config.json"}
+    expected = {"model.safetensors", "model.fp16.safetensors", "config.json", "generation_config.json", LICENSE}
     assert set(os.listdir(tmp_path)) == expected | {path.name for path in code_files()}
 
 
@@ -211,7 +211,7 @@ def test_push_to_hub_uploads_the_same_files(tmp_path, monkeypatch):
     monkeypatch.setattr(model, "_upload_modified_files", upload, raising=False)
     model.save_pretrained(tmp_path / "my_model", push_to_hub=True)
     assert pushed["repo"] == "my_model"
-    expected = {"config.json", "generation_config.json", "model.safetensors", "README.md"}
+    expected = {"config.json", "generation_config.json", "model.safetensors", "README.md", LICENSE}
     assert pushed["files"] == expected | {path.name for path in code_files()}
     assert pushed["files"] == set(os.listdir(tmp_path / "my_model"))
 

@@ -19,7 +19,8 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from .data import ROW_FORMATS, rows_by_name, rows_of_file, standard_library
-from .tokenizer import CHAT_TEMPLATE
+from .plain_text import PlainText
+from .tokenizer import CHAT_TEMPLATE, ROLE_MARKERS
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 CONVERSATION = Features(
@@ -101,58 +102,70 @@ def _messages(messages: Any, name: str) -> list[dict[str, str]]:
 def use_chat_template(tokenizer: PreTrainedTokenizerBase):
     """Gives a tokenizer without a chat template this project's, which is then saved with it.
 
-    Raises: ValueError for a template that does not mark what the assistant says.
+    Raises: ValueError for a template that does not mark what the assistant says, as those of DeepSeek's checkpoints do
+        not; and where there is none and the tokenizer lacks the tokens of ours (V3.2's).
     """
     if tokenizer.chat_template is None:
+        absent = [marker for marker in ROLE_MARKERS if marker not in tokenizer.get_vocab()]
+        if absent:
+            raise ValueError(
+                f"the tokenizer has no chat template, nor the tokens of this project's ({', '.join(absent)}): in a "
+                "copy of its folder, named by tokenizer.path, write one into chat_template.jinja, with "
+                "{% generation %} and {% endgeneration %} around what the assistant says and the token that ends it"
+            )
         tokenizer.chat_template = CHAT_TEMPLATE
     if not re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.get_chat_template()):
         raise ValueError(
-            "the tokenizer's chat template does not mark what the assistant says: put {% generation %} and "
-            "{% endgeneration %} around it and the token that ends it (tokenizer.path may name another tokenizer)"
+            "the tokenizer's chat template does not mark what the assistant says (DeepSeek's own do not): in a copy of "
+            "its folder, named by tokenizer.path, put {% generation %} and {% endgeneration %} around it and the token "
+            "that ends it"
         )
 
 
 @dataclass
 class Cut:
-    """What did not fit: of how many conversations how many were cut, what that cost, how many were left out."""
+    """What is not as it was: of how many conversations how many were cut, what that cost, how many were left out, and
+    what was taken as text."""
 
     conversations: int = 0
     cut: int = 0
     tokens: int = 0
     learned: int = 0
     left_out: int = 0
+    written_out: int = 0  # control tokens in what is said
 
     def __str__(self) -> str:
-        if not self.cut:
-            return f"{self.conversations:,} conversations, none cut"
-        return (
-            f"{self.conversations:,} conversations, {self.cut:,} too long and cut at the end: {self.tokens:,} tokens "
-            f"are lost, {self.learned:,} of them the assistant's"
-            + (f"; {self.left_out:,} are left out, with nothing of the assistant's left" if self.left_out else "")
-        )
+        parts = [f"{self.conversations:,} conversations, none cut"]
+        if self.cut:
+            parts = [
+                f"{self.conversations:,} conversations, {self.cut:,} too long and cut at the end: {self.tokens:,} "
+                f"tokens are lost, {self.learned:,} of them the assistant's"
+            ]
+        if self.left_out:
+            parts.append(f"{self.left_out:,} are left out, with nothing of the assistant's left")
+        if self.written_out:
+            parts.append(f"control tokens are written out in messages {self.written_out:,} times, and taken as text")
+        return "; ".join(parts)
 
 
 def tokenize(
     conversations: Dataset, tokenizer: PreTrainedTokenizerBase, sequence_length: int, workers: int = 1
 ) -> tuple[Dataset, Cut]:
     """Conversations by the tokenizer's template: columns `input_ids`, and `labels`, which are -100 outside of what the
-    template marks as the assistant's; and what was cut to at most `sequence_length` tokens.
+    template marks as the assistant's; and what was cut to at most `sequence_length` tokens. Control tokens written out
+    in a message stay text (`plain_text.py`).
 
     Raises: ValueError for a conversation that the template refuses, or in which it marks nothing.
     """
 
+    plain = PlainText(tokenizer)
+
     def encode(name: str, messages: list[dict[str, str]]) -> dict[str, Any]:
         try:
-            encoded = tokenizer.apply_chat_template(
-                messages,
-                tokenize=True,
-                return_dict=True,
-                return_assistant_tokens_mask=True,
-                tokenizer_kwargs={"verbose": False},  # what is too long is cut below
-            )
+            # What is too long is cut below.
+            ids, learned, written_out = plain.apply(messages, tokenizer_kwargs={"verbose": False})
         except TemplateError as error:
             raise ValueError(f"conversation {name}: the chat template refuses it: {error}") from error
-        ids, learned = encoded["input_ids"], encoded["assistant_masks"]
         learned = [0, *learned[1:]]  # the first token follows nothing
         if not any(learned):
             raise ValueError(f"conversation {name}: the chat template marks none of its tokens as the assistant's")
@@ -163,6 +176,7 @@ def tokenize(
             "labels": labels[:sequence_length],
             "lost": len(lost),
             "lost_learned": sum(label != -100 for label in lost),
+            "written_out": written_out,
             "kept": any(learned[:sequence_length]),
         }
 
@@ -174,7 +188,14 @@ def tokenize(
         desc="tokenising",
     )
     lost, kept = rows["lost"], rows["kept"]
-    cut = Cut(len(rows), sum(n > 0 for n in lost), sum(lost), sum(rows["lost_learned"]), len(rows) - sum(kept))
+    cut = Cut(
+        conversations=len(rows),
+        cut=sum(n > 0 for n in lost),
+        tokens=sum(lost),
+        learned=sum(rows["lost_learned"]),
+        left_out=len(rows) - sum(kept),
+        written_out=sum(rows["written_out"]),
+    )
     if cut.left_out == len(rows):
         raise ValueError(f"data.sequence_length={sequence_length} is too short: {cut}")
     rows = rows.select([i for i, some in enumerate(kept) if some])

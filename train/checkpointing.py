@@ -7,13 +7,25 @@ import zipfile
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from modeling_nanodeepseek.checkpoints import tensor_shapes, weight_files
 from modeling_nanodeepseek.saving import SaveError, is_writing_error, reason, replacing, sync, sync_folder
-from modeling_nanodeepseek.stacking import CheckpointError, awaited_experts, expert_keys, listed
+from modeling_nanodeepseek.stacking import (
+    CheckpointError,
+    absentees,
+    awaited_experts,
+    expert_keys,
+    listed,
+    stack_expert_keys,
+)
+
+from .faults import disk_is_full
+from .sharding import gathered, part
 
 STATE = "trainer_state.json"
 STAGE = "_saving"  # transformers uploads no folder that starts with an underscore
@@ -112,6 +124,19 @@ def last_good_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
     return None, refused
 
 
+def explain(error: Exception, run: str) -> str:
+    """An error's message; of a disk that fills up outside a save (in a log, say) with what is left of the run, because
+    the system's words name no file."""
+    if isinstance(error, SaveError) or not disk_is_full(error):
+        return str(error)
+    return f"{run!r} cannot be written to: {reason(error)}. {last_complete(Path(run))}"
+
+
+def last_complete(run: Path) -> str:
+    left = next(iter(checkpoints(run)), None)
+    return f"The last complete checkpoint is {left.name!r}." if left else "There is no earlier checkpoint."
+
+
 class AtomicCheckpoints:
     """Goes in front of transformers' Trainer; its checkpoints are then written aside and renamed when complete.
 
@@ -121,6 +146,14 @@ class AtomicCheckpoints:
     """
 
     _staging = False
+
+    def __init__(self, model, args, *further, **kwargs):
+        # transformers refuses to save a model that it shared itself (experts), since its own checkpoints of one would
+        # have no optimizer. These do.
+        saves, shared = args.save_only_model, getattr(model, "is_distributed_loading_by_transformers", False)
+        args.save_only_model = saves or shared
+        super().__init__(model, args, *further, **kwargs)
+        args.save_only_model = saves
 
     def _get_output_dir(self, trial) -> str:
         run = super()._get_output_dir(trial)
@@ -146,11 +179,7 @@ class AtomicCheckpoints:
             if self.args.should_save:
                 settle(run)
             if is_writing_error(error):
-                left = next(iter(checkpoints(run)), None)
-                raise SaveError(
-                    f"{str(final)!r} cannot be saved: {reason(error)}. "
-                    + (f"The last complete checkpoint is {left.name!r}." if left else "There is no earlier checkpoint.")
-                ) from error
+                raise SaveError(f"{str(final)!r} cannot be saved: {reason(error)}. {last_complete(run)}") from error
             raise
         finally:
             self._staging = False
@@ -197,31 +226,81 @@ class AtomicCheckpoints:
         if not resume_from_checkpoint:
             return super().train(None, *args, **kwargs)
         state = TrainerState.load_from_json(str(Path(resume_from_checkpoint, STATE)))
-        if 0 < self.args.max_steps <= state.global_step and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+        if 0 < self.args.max_steps <= state.global_step and not self.is_deepspeed_enabled:
             return self._restore(str(resume_from_checkpoint), state)
         return super().train(str(resume_from_checkpoint), *args, **kwargs)
 
     def _restore(self, checkpoint: str, state: TrainerState) -> TrainOutput:
         """A run that was over needs its weights alone; transformers would train one step more."""
+        if self.is_fsdp_enabled:  # accelerate shards a model together with its optimizer only
+            self.create_optimizer()
+            self.model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
+            self.model_wrapped = self.model
         self._load_from_checkpoint(checkpoint)
         self.state = state
         if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self._load_best_model()
         return TrainOutput(state.global_step, 0.0, {})
 
+    @property
+    def _shares(self) -> bool:
+        """Whether processes share the parameters and checkpoints are whole all the same.
+
+        Then they are what one process writes, and every layout reads every other's. Not so by DeepSpeed, which has a
+        format of its own, nor where the launch file asks for FSDP's (SHARDED_STATE_DICT), nor of adapters.
+        """
+        if hasattr(self.model, "peft_config"):
+            return False
+        if self.is_fsdp_enabled:
+            return "FULL_STATE_DICT" in str(self.accelerator.state.fsdp_plugin.state_dict_type)
+        return getattr(self, "is_distributed_loading_by_transformers", False)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str):
+        if not self._shares:
+            return super()._save_optimizer_and_scheduler(output_dir)
+        state = gathered(self.optimizer.state_dict(), keep=self.args.should_save)
+        if self.args.should_save:
+            torch.save(state, os.path.join(output_dir, "optimizer.pt"))
+            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, "scheduler.pt"))
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None):
         with must_fit(resume_from_checkpoint):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            if self._shares:
+                self._load_parts(resume_from_checkpoint, self.model if model is None else model)
+            else:
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_parts(self, checkpoint: str, model):
+        """Of whole weights each process reads its part."""
+        weights = {}
+        for file in weight_files(Path(checkpoint)):
+            weights |= load_file(file)
+        experts = {f"{name}.": module for name, module in model.named_modules() if hasattr(module, "stacked_names")}
+        for owner, module in experts.items():
+            problems = [f"{name} is missing" for name in absentees(module, owner, weights)]
+            if not problems:
+                stack_expert_keys(module, weights, owner, None, False, [], [], problems)
+            if problems:
+                raise RuntimeError(listed(problems))
+        here = model.state_dict()
+        weights = {name: part(tensor, here[name]) if name in here else tensor for name, tensor in weights.items()}
+        self._issue_warnings_after_load(model.load_state_dict(weights, strict=False))
 
     def _load_best_model(self):
-        with must_fit(self.state.best_model_checkpoint):
+        best = self.state.best_model_checkpoint
+        if self._shares:
+            return self._load_from_checkpoint(best)
+        with must_fit(best):
             super()._load_best_model()
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None):
         # torch takes these settings from the checkpoint without a word: new ones would not be in force.
         wanted = [dict(group) for group in self.optimizer.param_groups]
         with must_fit(checkpoint):
-            super()._load_optimizer_and_scheduler(checkpoint)
+            if self._shares and checkpoint is not None:
+                self._load_optimizer_parts(checkpoint)
+            else:
+                super()._load_optimizer_and_scheduler(checkpoint)
             for new, old in zip(wanted, self.optimizer.param_groups):
                 for key in (new.keys() & old.keys()) - {"params", "lr"}:  # the schedule moves lr; initial_lr stays
                     if new[key] != old[key]:
@@ -230,6 +309,19 @@ class AtomicCheckpoints:
                             f"it was trained with {key}={old[key]!r}{group}, not {new[key]!r}. A resume keeps the "
                             "optimizer; to change it, start a new run from the weights (model.checkpoint)"
                         )
+
+    def _load_optimizer_parts(self, checkpoint: str):
+        """Of a whole optimizer's state each process takes what belongs to its parts of the parameters."""
+        states = {
+            name: torch.load(os.path.join(checkpoint, f"{name}.pt"), map_location="cpu", weights_only=True, mmap=True)
+            for name in ("optimizer", "scheduler")
+        }
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        for index, state in states["optimizer"]["state"].items():
+            for name, value in state.items():
+                state[name] = part(value, parameters[index]) if index < len(parameters) else value
+        self.optimizer.load_state_dict(states["optimizer"])
+        self.lr_scheduler.load_state_dict(states["scheduler"])
 
     def _load_rng_state(self, checkpoint: str | None):
         with must_fit(checkpoint):

@@ -15,6 +15,8 @@ from transformers import AutoTokenizer
 from modeling_nanodeepseek import NanoDeepSeekForCausalLM
 from modeling_nanodeepseek.export import ARCHITECTURES, export_native
 
+from .adapters import refuse_adapter
+
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 
 
@@ -29,6 +31,7 @@ def main(arguments: list[str] | None = None):
     parser.add_argument("--max-shard-gb", type=float, default=5.0, help="of one file")
     args = parser.parse_args(arguments)
     try:
+        refuse_adapter(args.model, "exported")
         tokenizer = AutoTokenizer.from_pretrained(args.model)
         model = NanoDeepSeekForCausalLM.from_pretrained(args.model)
         folder = export_native(

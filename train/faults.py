@@ -1,14 +1,25 @@
-"""What stops a run: losses and gradients that are no numbers, named with the step and the module."""
+"""What stops a run: losses and gradients that are no numbers, named with the step and the module; a full disk under a
+thread that writes a log."""
 
+import errno
 import math
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
+from accelerate.utils import gather_object
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 
 class NonFiniteError(RuntimeError):
     """A loss or a gradient is NaN or infinite."""
+
+
+def lost_others(error: RuntimeError) -> bool:
+    """Whether this process stops because another has ended: what it was waiting for will not come."""
+    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
 
 
 def non_finite_gradients(model: nn.Module) -> list[str]:
@@ -48,34 +59,62 @@ def first_non_finite(model: nn.Module, inputs: dict) -> str | None:
 
 
 def check_finite(accelerator, model: nn.Module, batches: list[tuple[dict, torch.Tensor]], step: int, prepare=dict):
-    """Raises NonFiniteError, on all processes, if a loss of this step or a gradient is not finite on any.
+    """Raises NonFiniteError, the same on all processes, if a loss of this step or a gradient is not finite on any.
 
     Args:
-        batches: of this process's micro-batches the inputs, and the loss.
+        batches: of this process's micro-batches the inputs, and the loss; as many on each process.
         prepare: puts inputs where the model is.
 
     For fp16 gradients are scaled up, and a scaler skips steps in which they overflow: then only the losses count.
     """
+    model = accelerator.unwrap_model(model)  # which keeps shards
     losses = torch.stack([loss.detach().float() for _, loss in batches])
     names = [] if accelerator.scaler is not None else non_finite_gradients(model)
-    mine = bool(names) or not bool(losses.isfinite().all())
-    wrong = torch.tensor(float(mine), device=losses.device)
-    if not accelerator.reduce(wrong, reduction="sum").item():
+    wrong = torch.cat([~losses.isfinite(), torch.tensor([bool(names)], device=losses.device)])
+    *of_losses, of_gradients = accelerator.reduce(wrong.float(), reduction="sum").tolist()
+    if any(of_losses):
+        first = next(i for i, count in enumerate(of_losses) if count)
+        message = describe_loss(accelerator, model, prepare(batches[first][0]), losses[first].item())
+    elif of_gradients:
+        names = list(dict.fromkeys(gather_object(names)))  # of shards, each process knows its own
+        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        loss = accelerator.reduce(losses.sum(), reduction="mean").item()
+        message = f"the loss is {loss:.4f}, and gradients are not finite: {shown}."
+    else:
         return
-    message = f"step {step}: " + (describe(accelerator, model, batches, losses, names, prepare) if mine else OTHERS)
-    accelerator.wait_for_everyone()  # the first process that ends ends the others, and their messages
-    raise NonFiniteError(message)
+    raise NonFiniteError(f"step {step}: {message}")
 
 
-OTHERS = "a loss or a gradient is not finite on another process, which says more."
+def describe_loss(accelerator, model: nn.Module, inputs: dict, loss: float) -> str:
+    """What is told of a micro-batch whose loss is not finite on some processes, by the first of these.
+
+    All of them search, whatever their own loss: the forward of a sharded model waits for each.
+    """
+    module = first_non_finite(model, inputs)
+    process = f" on process {accelerator.process_index}" if accelerator.num_processes > 1 else ""
+    where = f", first in the output of {module}" if module else ""
+    mine = None if math.isfinite(loss) else f"the loss is {loss}{process}{where}. No checkpoint holds this step."
+    return next(message for message in gather_object([mine]) if message)
 
 
-def describe(accelerator, model, batches, losses, names: list[str], prepare) -> str:
-    for (inputs, _), loss in zip(batches, losses.tolist()):
-        if not math.isfinite(loss):
-            sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
-            module = None if sharded else first_non_finite(accelerator.unwrap_model(model), prepare(inputs))
-            where = f", first in the output of {module}" if module else ""
-            return f"the loss is {loss}{where}. No checkpoint holds this step."
-    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-    return f"the loss is {losses.sum().item():.4f}, and gradients are not finite: {shown}."
+def disk_is_full(error: BaseException) -> bool:
+    """Whether it says that no space is left, on the disk or of a user's share of it."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+@contextmanager
+def full_disks_of_threads() -> Iterator[None]:
+    """A full disk under a thread (TensorBoard's writer is one) is the run's error, and no traceback besides. The writer
+    passes its error on at its next call only, and the last call has no next one."""
+    found, before = [], threading.excepthook
+
+    def hook(told):
+        found.append(told.exc_value) if disk_is_full(told.exc_value) else before(told)
+
+    threading.excepthook = hook
+    try:
+        yield
+        if found:
+            raise found[0]
+    finally:
+        threading.excepthook = before

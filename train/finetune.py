@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from modeling_nanodeepseek import ModelLoss, lora_targets
 
 from . import pretrain
+from .card import model_card
 from .chat import PadConversations, load_conversations, pack_conversations, tokenize, use_chat_template
 from .data import hold_out
 from .recipe import FinetuneRecipe, LoraSection, recipe_from_command_line
@@ -84,7 +85,7 @@ def build_trainer(recipe: FinetuneRecipe) -> NanoDeepSeekTrainer:
         data = load_data(recipe, tokenizer)
     set_seed(args.seed)
     if recipe.lora is not None:
-        base = pretrain.folder_or_name(recipe.model.checkpoint, "model.checkpoint")
+        base = pretrain.checkpoint_of(recipe)
         if args.push_to_hub and Path(base).is_dir():
             raise ValueError(
                 f"trainer.push_to_hub with the section lora is not possible: the adapter would name its model by a "
@@ -118,17 +119,19 @@ def answer(recipe: FinetuneRecipe, trainer: NanoDeepSeekTrainer):
         messages = [{"role": "user", "content": recipe.prompt}]
         print(talk(messages, max_new_tokens=96, do_sample=False)[0]["generated_text"][-1]["content"])
     if recipe.lora is not None and recipe.lora.merge:
-        merge(recipe, f"{recipe.output_dir}/merged", trainer.processing_class)
+        merge(recipe, f"{recipe.output_dir}/merged", trainer)
 
 
-def merge(recipe: FinetuneRecipe, folder: str, tokenizer: PreTrainedTokenizerBase):
-    """Saves the model with the saved adapter in its weights, a checkpoint like any other. Not the trainer's own model:
-    that is saved again when it is pushed."""
+def merge(recipe: FinetuneRecipe, folder: str, trainer: NanoDeepSeekTrainer):
+    """Saves the model with the saved adapter in its weights, a checkpoint like any other, with a card of its own. Not
+    the trainer's own model: that is saved again when it is pushed."""
     from peft import PeftModel
 
+    tokenizer = trainer.processing_class
     model = pretrain.load_model(recipe, tokenizer)
     PeftModel.from_pretrained(model, recipe.output_dir).merge_and_unload().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    model_card(trainer, merged=True).save(f"{folder}/README.md")
     print(f"merged: {folder}")
 
 

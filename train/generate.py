@@ -12,9 +12,10 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer, set_seed
+from transformers import TextStreamer, set_seed
 
-import modeling_nanodeepseek  # noqa: F401  (registers the model with AutoModelForCausalLM)
+from .adapters import base_of_adapter
+from .loading import load_model, load_tokenizer, position_limit
 
 
 def number(kind: type, low: float, high: float = float("inf"), above: bool = False):
@@ -37,25 +38,22 @@ class Writer:
     """A model and its tokenizer, ready to continue texts.
 
     Args:
-        model: folder (or Hub name) of a checkpoint with its tokenizer.
+        model: folder (or Hub name) of a checkpoint with its tokenizer, or of an adapter.
         device: e.g. `cuda`; default a GPU if there is one.
         settings: for `generate()`: max_new_tokens, temperature, ...
     """
 
     def __init__(self, model: str, device: str | None = None, **settings):
-        try:
-            place = torch.zeros(1, device=device or ("cuda" if torch.cuda.is_available() else "cpu")).device
-        except (RuntimeError, AssertionError) as error:
-            raise ValueError(f"--device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
-        self.tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left", trust_remote_code=False)
-        self.model = AutoModelForCausalLM.from_pretrained(model, dtype="auto", trust_remote_code=False)  # nor ask
-        self.model.to(place).eval()
+        self.model = load_model(model, device, adapters=True)
+        base = base_of_adapter(model)  # whose tokenizer counts if the adapter has none beside it
+        vocabulary = base if base and not Path(model, "tokenizer_config.json").is_file() else model
+        self.tokenizer = load_tokenizer(vocabulary, padding_side="left")
         self.settings = settings
 
     def encode(self, texts: list[str], add_special_tokens: bool = True):
         """Left-padded ids and mask on the model's device. Raises ValueError if no room is left to write in."""
         batch = self.tokenizer(texts, add_special_tokens=add_special_tokens, padding=True, return_tensors="pt")
-        length, limit = batch["input_ids"].shape[1], self.model.config.position_limit
+        length, limit = batch["input_ids"].shape[1], position_limit(self.model.config)
         if length >= limit:
             raise ValueError(f"the prompt has {length} tokens; the model's max_position_embeddings is {limit}")
         return batch.to(self.model.device)
@@ -129,7 +127,7 @@ def complete_file(writer: Writer, source: Path, target: Path, batch_size: int) -
 
 def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="folder of a checkpoint")
+    parser.add_argument("--model", required=True, help="folder (or Hub name) of a checkpoint, or of a LoRA adapter")
     mode = parser.add_mutually_exclusive_group(required=True)
     mode.add_argument("--prompt", help="continue this text")
     mode.add_argument("--interactive", action="store_true", help="continue each line typed")

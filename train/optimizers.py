@@ -1,13 +1,17 @@
 """The optimizer: parameter groups stated in one place, Muon for hidden matrices, AdamW for everything else."""
 
+import functools
+
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw  # the functional form that torch.optim.AdamW calls
 
 from modeling_nanodeepseek.moe import GatedExperts
 
 from .hardware import multiplies_bf16
 from .recipe import OptimizerSection
+from .sharding import local, on_whole_matrices, rows_group
 
 
 def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
@@ -35,6 +39,9 @@ class MuonAdamW(torch.optim.Optimizer):
     stacks, on the matrices a parameter holds: [E, out, in] is E matrices, and with `row_blocks=2` (`gate_up_proj`) each
     is a gate and an up matrix. Other groups take the steps of torch.optim.AdamW (arXiv:1711.05101), by its own kernel.
 
+    Where processes share the parameters (FSDP2, expert parallelism) each steps its part. Experts are whole there; of
+    other matrices each process holds some rows, and each orthogonalizes some whole matrices for all.
+
     Args:
         groups: dicts with `params`, and `lr`, `weight_decay`, `muon`, `row_blocks` where the defaults do not serve.
         betas, eps: of AdamW.
@@ -56,21 +63,28 @@ class MuonAdamW(torch.optim.Optimizer):
         return loss
 
     def _muon_step(self, group: dict):
-        by_shape: dict[torch.Size, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        # Matrices of one shape, spread over the same processes, are orthogonalized at once.
+        stacks: dict[tuple, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         for param in group["params"]:
             if param.grad is None:
                 continue
             state = self.state[param]
             if not state:
                 state["momentum_buffer"] = torch.zeros_like(param.grad)
-            momentum = state["momentum_buffer"].lerp_(param.grad, 1 - group["momentum"])
-            update = param.grad.lerp(momentum, group["momentum"])  # Nesterov
+            grad, momentum = local(param.grad), local(state["momentum_buffer"])
+            momentum.lerp_(grad, 1 - group["momentum"])
+            update = grad.lerp(momentum, group["momentum"])  # Nesterov
+            rows, columns = param.shape[-2] // group["row_blocks"], param.shape[-1]
+            spread = rows_group(param) if isinstance(param, DTensor) and param.ndim == 2 else None
             # [E, blocks * out, in] -> E * blocks matrices; a 2-D parameter is a stack of one.
-            matrices = update.reshape(-1, param.shape[-2] // group["row_blocks"], param.shape[-1])
-            by_shape.setdefault(matrices.shape[1:], []).append((param, matrices))
-        for (rows, columns), entries in by_shape.items():
-            params, stacks = zip(*entries)
-            updates = orthogonalize(torch.cat(stacks), group["ns_steps"]).split([len(stack) for stack in stacks])
+            matrices = update.reshape(-1, rows, columns) if spread is None else update[None]
+            stacks.setdefault((rows, columns, spread), []).append((local(param), matrices))
+        for (rows, columns, spread), entries in stacks.items():
+            params, parts = zip(*entries)
+            function = functools.partial(orthogonalize, steps=group["ns_steps"])
+            if spread is not None:
+                function = functools.partial(on_whole_matrices, function, rows=rows, group=spread)
+            updates = function(torch.cat(parts)).split([len(part) for part in parts])
             lr = group["lr"] * max(1, rows / columns) ** 0.5
             for param, update in zip(params, updates):
                 param.mul_(1 - group["lr"] * group["weight_decay"])
@@ -84,10 +98,10 @@ class MuonAdamW(torch.optim.Optimizer):
                 state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
                 state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(param), torch.zeros_like(param)
         adamw(
-            params,
-            [param.grad for param in params],
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
+            [local(param) for param in params],
+            [local(param.grad) for param in params],
+            [local(state["exp_avg"]) for state in states],
+            [local(state["exp_avg_sq"]) for state in states],
             [],
             [state["step"] for state in states],
             fused=True,

@@ -147,7 +147,7 @@ class PipelineTrainer(NanoDeepSeekTrainer):
 
 def build(recipe: Recipe) -> PipelineTrainer:
     args: TrainingArguments = training_arguments(recipe)
-    args.device  # joins the processes
+    _ = args.device  # asking for it joins the processes
     if not dist.is_initialized():
         raise ValueError("a pipeline runs in several processes: torchrun --nproc_per_node 2 -m train.pipeline ...")
     return build_trainer(recipe, args, PipelineTrainer)

@@ -1,8 +1,8 @@
 """Pretraining: `accelerate launch -m train.pretrain --config configuration/recipes/quickstart.yaml [field=value ...]`.
 
 Reads the text, trains a tokenizer if none is given, packs, trains, evaluates, saves model, tokenizer, model card and a
-picture of the losses into `output_dir`, and lets the model speak. `trainer.push_to_hub=true trainer.hub_model_id=...`
-uploads that folder.
+report with pictures (`report.py`) into `output_dir`, and lets the model speak. `trainer.push_to_hub=true
+trainer.hub_model_id=...` uploads that folder.
 """
 
 import json
@@ -12,21 +12,30 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import transformers
 from accelerate import PartialState
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoTokenizer, TrainingArguments, pipeline, set_seed
+from transformers import TrainingArguments, pipeline, set_seed
 
-from modeling_nanodeepseek import NanoDeepSeekForCausalLM
+from modeling_nanodeepseek import NanoDeepSeekConfig, NanoDeepSeekForCausalLM
 from modeling_nanodeepseek.saving import replacing
 
 from .accounting import count_parameters
-from .checkpointing import STATE
-from .data import collate, hold_out, load_documents, pack
-from .hardware import keep_memory, multiplies_bf16, use_threads
+from .adapters import refuse_adapter
+from .card import tables
+from .checkpointing import STATE, checkpoints, explain
+from .data import Packer, collate, hold_out, load_documents, pack
+from .faults import NonFiniteError, full_disks_of_threads, lost_others
+from .fp8 import convert_to_fp8, describe_fp8, launched_in_fp8, precision_of, trains_in_fp8
+from .hardware import keep_memory, multiplies_bf16, name_of, use_threads
+from .loading import load_config
+from .loading import load_tokenizer as read_tokenizer
 from .models import build_model
 from .optimizers import parameter_groups
-from .recipe import ModelSection, Recipe, recipe_from_command_line, resolve
-from .report import plot_losses
+from .parallel import share_experts
+from .recipe import ContextSection, ModelSection, Recipe, recipe_from_command_line, resolve
+from .report import METRICS, SUMMARY, plot_losses, write_report
+from .streams import RepeatedRows, RowStream, StreamedRows, first_documents, read, stream_documents
 from .tokenizer import train_tokenizer
 from .trainer import NanoDeepSeekTrainer
 
@@ -37,10 +46,16 @@ def training_arguments(recipe: Recipe, kind: type[TrainingArguments] = TrainingA
         raise ValueError(f"output_dir {recipe.output_dir!r} is a file; a folder is needed")
     on_cpu = recipe.trainer.get("use_cpu", False) or not torch.accelerator.is_available()
     device = torch.device("cpu") if on_cpu else torch.accelerator.current_accelerator()
-    bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and multiplies_bf16(device))
+    fp8 = trains_in_fp8(recipe.precision)
+    bf16 = recipe.precision == "bf16" or (recipe.precision in ("auto", "fp8") and multiplies_bf16(device))
+    bf16 = bf16 and not (fp8 and launched_in_fp8())  # accelerate's fp8 is bf16 outside the products
     settings = {"report_to": ["tensorboard"], "remove_unused_columns": False, "label_names": ["labels"]}
+    # Each process reads a stream by itself: what one reads for all cannot be joined where only some rows are padded.
+    accelerate = {"dispatch_batches": False} | (recipe.trainer.get("accelerator_config") or {})
     settings |= {"bf16": bf16, "use_cpu": on_cpu}  # bf16 on a CPU must be asked for by name
-    args = kind(output_dir=recipe.output_dir, **settings | more | recipe.trainer)
+    # Without a name trackio would log what is evaluated after the training as a run of its own.
+    settings["run_name"] = Path(recipe.output_dir).absolute().name
+    args = kind(output_dir=recipe.output_dir, **settings | more | recipe.trainer | {"accelerator_config": accelerate})
     if args.n_gpu > 1:
         raise ValueError(
             f"{args.n_gpu} GPUs in one process would share it by nn.DataParallel, which loses the experts' load: start "
@@ -50,12 +65,34 @@ def training_arguments(recipe: Recipe, kind: type[TrainingArguments] = TrainingA
 
 
 def load_data(recipe: Recipe):
-    """The training and validation documents."""
+    """The training and validation documents; a stream of the former where the recipe wants one."""
     data = recipe.data
-    documents = load_documents(data.source, data.text_field)
+    if data.streaming:
+        documents = stream_documents(data.source, data.text_field)
+        if data.validation is not None:
+            return documents, load_documents(data.validation, data.text_field)
+        return documents, first_documents(documents, data.validation_documents)
+    documents = load_documents(data.source, data.text_field, data.document_start)
     if data.validation is not None:
-        return documents, load_documents(data.validation, data.text_field)
+        return documents, load_documents(data.validation, data.text_field, data.document_start)
     return hold_out(documents, data.validation_share)
+
+
+def training_rows(recipe: Recipe, documents, tokenizer, seed: int):
+    """What is trained on: packed rows, or a stream of them where the data or the batch has no fixed size.
+
+    Raises: ValueError if there is none.
+    """
+    data = recipe.data
+    settings = {"fim_rate": data.fim_rate, "seed": seed, "cut_documents": data.cut_documents}
+    if data.streaming:
+        stream = StreamedRows(
+            documents, Packer(tokenizer, data.sequence_length, **settings), data.held_out_documents, seed
+        )
+        next(iter(stream))  # raises if there is none
+        return stream
+    rows = pack(documents, tokenizer, data.sequence_length, data.workers, **settings)
+    return rows if recipe.schedule.batch_ramp is None else RepeatedRows(rows, seed)
 
 
 def folder_or_name(path: str, field: str) -> str:
@@ -66,14 +103,29 @@ def folder_or_name(path: str, field: str) -> str:
     return str(folder) if folder.is_dir() else path
 
 
+def checkpoint_of(recipe: Recipe) -> str | None:
+    """Folder or name of the model that the recipe starts from, if it does."""
+    if recipe.model.checkpoint is None:
+        return None
+    checkpoint = folder_or_name(recipe.model.checkpoint, "model.checkpoint")
+    refuse_adapter(checkpoint, "the start of a run (model.checkpoint)")
+    return checkpoint
+
+
 def load_tokenizer(recipe: Recipe, documents):
-    path = recipe.tokenizer.path or recipe.model.checkpoint
-    if path is not None:
-        return AutoTokenizer.from_pretrained(folder_or_name(path, "tokenizer.path or model.checkpoint"))
+    checkpoint, path = checkpoint_of(recipe), recipe.tokenizer.path
+    if checkpoint is not None and not Path(checkpoint).is_dir():
+        load_config(checkpoint)  # else its tokenizer would be what is missed
+    if path or checkpoint:
+        return read_tokenizer(folder_or_name(path, "tokenizer.path") if path else checkpoint)
 
     def texts():
         left = recipe.tokenizer.train_megabytes * 1e6
-        for text in documents.shuffle(seed=0)["text"]:
+        if recipe.data.streaming:
+            chosen = (text for text, _ in read(documents, recipe.data.held_out_documents))
+        else:
+            chosen = documents.shuffle(seed=0)["text"]
+        for text in chosen:
             yield text
             left -= len(text)
             if left <= 0:
@@ -85,9 +137,9 @@ def load_tokenizer(recipe: Recipe, documents):
 def load_model(recipe: Recipe, tokenizer) -> NanoDeepSeekForCausalLM:
     """The model, checked against the tokenizer before anything is trained."""
     if recipe.model.checkpoint is not None:
-        model = NanoDeepSeekForCausalLM.from_pretrained(
-            folder_or_name(recipe.model.checkpoint, "model.checkpoint"), dtype=torch.float32
-        )
+        folder = checkpoint_of(recipe)
+        longer = {} if recipe.model.context is None else {"config": extended(folder, recipe.model.context)}
+        model = NanoDeepSeekForCausalLM.from_pretrained(folder, **longer, dtype=torch.float32)
     else:
         ids = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
         model = build_model(recipe.model.config, recipe.model.variant, **ids | recipe.model.overrides)
@@ -108,7 +160,40 @@ def load_model(recipe: Recipe, tokenizer) -> NanoDeepSeekForCausalLM:
     if recipe.data.sequence_length > config.max_position_embeddings:
         length, limit = recipe.data.sequence_length, config.max_position_embeddings
         raise ValueError(f"data.sequence_length={length} exceeds the model's max_position_embeddings={limit}")
-    return model
+    return convert_to_fp8(model, recipe.fp8_scales == "ue8m0") if trains_in_fp8(recipe.precision) else model
+
+
+def extended(folder: str, section: ContextSection) -> NanoDeepSeekConfig:
+    """The config of a checkpoint, with a longer context by YaRN (arXiv:2309.00071; V3 report section 4.3).
+
+    Raises: ValueError for a length that is no longer than the original one, beyond what the factor reaches, or for a
+    model with another kind of scaling.
+    """
+    config = NanoDeepSeekConfig.from_pretrained(folder)
+    rope = config.rope_parameters
+    if rope["rope_type"] not in ("default", "yarn"):
+        raise ValueError(f"model.context extends plain rotary positions by YaRN; this model has {rope['rope_type']!r}")
+    original = section.original or rope.get("original_max_position_embeddings") or config.max_position_embeddings
+    factor = section.factor or section.length / original
+    if section.length <= original:
+        raise ValueError(f"model.context.length={section.length} is no extension of the original {original} tokens")
+    if section.length > factor * original:
+        raise ValueError(
+            f"model.context.length={section.length} is beyond what factor={factor:g} makes of the original {original} "
+            f"tokens, {factor * original:g}: leave factor out, or give {section.length / original:g}"
+        )
+    config.max_position_embeddings = section.length
+    config.rope_parameters = {
+        "rope_type": "yarn",
+        "rope_theta": rope["rope_theta"],
+        "factor": float(factor),
+        "original_max_position_embeddings": original,
+        "beta_fast": section.beta_fast,
+        "beta_slow": section.beta_slow,
+        "mscale": section.mscale_all_dim,
+        "mscale_all_dim": section.mscale_all_dim,
+    }
+    return config
 
 
 def enter_stage(model: NanoDeepSeekForCausalLM, section: ModelSection) -> NanoDeepSeekForCausalLM:
@@ -145,12 +230,14 @@ def build_trainer(
         set_seed(args.seed)  # the weights depend on the seed alone, not on what was read before
         model = load_model(recipe, tokenizer)
         length, workers = recipe.data.sequence_length, recipe.data.workers
-        train_rows = pack(train_documents, tokenizer, length, workers)
-        validation_rows = pack(validation_documents, tokenizer, length, workers)
-        if recipe.tokenizer.path is None and recipe.model.checkpoint is None:
+        train_rows = training_rows(recipe, train_documents, tokenizer, args.seed)
+        whole = {"name": "the validation text", "cut_documents": recipe.data.cut_documents}
+        validation_rows = pack(validation_documents, tokenizer, length, workers, **whole)
+        fresh = recipe.tokenizer.path is None and recipe.model.checkpoint is None
+        if fresh or recipe.model.context is not None:
             tokenizer.model_max_length = model.config.max_position_embeddings
     return kind(
-        model,
+        share_experts(model, recipe.parallel),
         args,
         recipe=recipe,
         validation_bytes=sum(len(text.encode()) for text in validation_documents["text"]),
@@ -164,8 +251,9 @@ def build_trainer(
 def describe(trainer: NanoDeepSeekTrainer) -> str:
     """What is about to run: model, data, machine, and each parameter group with its optimizer and rate."""
     args, counts = trainer.args, count_parameters(trainer.model.config)
-    rows, held_out = len(trainer.train_dataset), len(trainer.eval_dataset)
-    length, precision = trainer.recipe.data.sequence_length, "bf16" if args.bf16 else "fp32"
+    streams = isinstance(trainer.train_dataset, RowStream)
+    rows = "a stream of" if streams else f"{len(trainer.train_dataset):,}"
+    length, precision = trainer.recipe.data.sequence_length, precision_of(args, trainer.recipe.precision)
     further = f"; {counts['mtp']:,} more for multi-token prediction" if counts["mtp"] else ""
     groups = [
         f"{group['name']} {sum(p.numel() for p in group['params']):,} by {'Muon' if group['muon'] else 'AdamW'}"
@@ -175,9 +263,10 @@ def describe(trainer: NanoDeepSeekTrainer) -> str:
     return (
         f"model: {counts['total']:,} parameters, {counts['active']:,} active per token"
         f"{further}\n"
-        f"data: {rows:,} training and {held_out:,} validation rows of {length} tokens\n"
+        f"data: {rows} training and {len(trainer.eval_dataset):,} validation rows of {length} tokens\n"
         f"machine: {args.device}, {precision}, {torch.get_num_threads()} threads\n"
         f"optimizer: {'; '.join(groups)}"
+        + (f"\n{describe_fp8(trainer.model, args.device)}" if trains_in_fp8(trainer.recipe.precision) else "")
     )
 
 
@@ -208,14 +297,29 @@ def run(recipe: Recipe, build: Callable | None = None, after: Callable | None = 
 
 
 def finish(recipe: Recipe, trainer: NanoDeepSeekTrainer, metrics: dict[str, float]):
-    """Writes the history, the metrics, the picture and the model card."""
+    """Writes the history, the metrics, the picture, the model card and the report."""
     output = Path(recipe.output_dir)
     trainer.create_model_card()
     with replacing(output) as stage:
         trainer.state.save_to_json(str(stage / STATE))
-        (stage / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-        picture = plot_losses(trainer.state.log_history, stage / "loss.png", title=output.name)
-    print(f"saved: {output} (losses: {output / picture.name})")
+        (stage / METRICS).write_text(json.dumps(metrics, indent=2) + "\n")
+        (stage / SUMMARY).write_text(json.dumps(summary(trainer), indent=2) + "\n")
+        plot_losses(trainer.state.log_history, stage / "loss.png", title=output.name)
+    print(f"saved: {output} (report: {write_report(output)})")
+
+
+def summary(trainer: NanoDeepSeekTrainer) -> dict[str, dict[str, str]]:
+    """The report's tables: what ran, on what."""
+    args = trainer.args
+    machine = {
+        "device": name_of(args.device),
+        "processes, threads of each": f"{args.world_size}, {torch.get_num_threads()}",
+        "precision": precision_of(args, trainer.recipe.precision),
+        "measured peak": f"{trainer.peak / 1e12:.3g} TFLOP/s in matrix products, all processes",
+        "software": f"torch {torch.__version__}, transformers {transformers.__version__}",
+    }
+    headings = tables(trainer) | {"Machine": machine}
+    return {heading: {name: str(value) for name, value in rows.items()} for heading, rows in headings.items()}
 
 
 def speak(recipe: Recipe, trainer: NanoDeepSeekTrainer):
@@ -233,9 +337,19 @@ def launch(run: Callable[[Recipe], dict[str, float]], recipe: Recipe):
     """Runs a recipe as a program does: a problem of the user's ends it with one message."""
     keep_memory()
     try:
-        run(recipe)
-    except (ValueError, OSError, StrictDataclassError) as error:
-        sys.exit(f"error: {error}")
+        with full_disks_of_threads():
+            run(recipe)
+    except (ValueError, OSError, StrictDataclassError, NonFiniteError) as error:
+        sys.exit(f"error: {explain(error, recipe.output_dir)}")
+    except RuntimeError as error:
+        if not lost_others(error):
+            raise
+        last = next(iter(checkpoints(Path(recipe.output_dir))), None)
+        sys.exit(
+            f"error: process {PartialState().process_index} stops, because another has ended "
+            f"({str(error).split('. ')[0]}). "
+            + (f"trainer.resume_from_checkpoint=true goes on from '{last}'" if last else "There is no checkpoint yet")
+        )
     finally:
         PartialState().destroy_process_group()
 

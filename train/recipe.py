@@ -9,6 +9,7 @@ Any field can be set on the command line by its dotted path, the value in YAML:
 import argparse
 import difflib
 import inspect
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
@@ -37,6 +38,18 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
 
+class ContextSection(Section):
+    """A longer context for a checkpoint, by YaRN: V3 extended 4096 tokens in two phases, to 32K and 128K, both with the
+    factor of the end, 40 (report section 4.3)."""
+
+    length: int = Field(ge=2)  # tokens; the new max_position_embeddings
+    factor: float | None = Field(default=None, ge=1)  # default: length / original
+    original: int | None = Field(default=None, ge=2)  # the length before any extension; default: what the config says
+    beta_fast: float = Field(default=32.0, gt=0)
+    beta_slow: float = Field(default=1.0, gt=0)
+    mscale_all_dim: float = Field(default=1.0, ge=0)  # scores grow by (0.1 mscale_all_dim ln factor + 1)^2
+
+
 class ModelSection(Section):
     """What is trained: a model size by name or file (fresh weights), or a checkpoint folder to continue; and for sparse
     attention which stage of it."""
@@ -47,6 +60,7 @@ class ModelSection(Section):
     overrides: dict[str, Any] = Field(default_factory=dict)  # config fields, e.g. attention_type: gqa
     dsa_stage: Literal["dense", "warmup", "sparse"] | None = None  # default: what the config or checkpoint says
     indexer: dict[str, Any] | None = None  # index_topk and other index_* fields of a fresh one, for a model without
+    context: ContextSection | None = None  # the checkpoint's context, extended
 
     @model_validator(mode="after")
     def one_origin(self):
@@ -54,6 +68,8 @@ class ModelSection(Section):
             raise ValueError("give either config (fresh weights) or checkpoint (a folder to continue from)")
         if self.checkpoint is not None and (self.overrides or self.variant):
             raise ValueError("variant and overrides go with config; a checkpoint has its own configuration")
+        if self.context is not None and self.checkpoint is None:
+            raise ValueError("context extends a checkpoint; a fresh model's context is max_position_embeddings")
         return self
 
     @model_validator(mode="after")
@@ -79,14 +95,37 @@ class TokenizerSection(Section):
 
 
 class DataSection(Section):
-    """`source`: `stdlib`, a file, a folder, a list of those, or `{dataset: name, ...}` for `datasets.load_dataset`."""
+    """`source`: `stdlib`, `synthetic`, a file, a folder, a list of those, `{dataset: name, ...}` for
+    `datasets.load_dataset`, or `{synthetic: kind, ...}` (`synthetic.py`)."""
 
     source: str | list[str] | dict[str, Any]
     validation: str | list[str] | dict[str, Any] | None = None  # default: held out of the source
     validation_share: float = Field(default=0.04, gt=0, lt=1)  # of the documents (or of the text, if it is only one)
     text_field: str = "text"
+    document_start: str | None = None  # rows are lines: join them, a document starting at each that matches (a regex)
     sequence_length: int = Field(ge=2)
+    fim_rate: float = Field(default=0.0, ge=0, le=1)  # documents trained on as prefix, suffix, middle; V3: 0.1
+    cut_documents: bool = True  # where a row ends; else rows are padded, and only what is longer than one is cut
+    streaming: bool = False  # read, tokenise and pack while training; for sources larger than disk or patience
+    validation_documents: int = Field(default=1000, ge=1)  # held out when streaming: the first so many
     workers: int = Field(default=1, ge=1)
+
+    @property
+    def held_out_documents(self) -> int:
+        """At the beginning of a stream."""
+        return self.validation_documents if self.streaming and self.validation is None else 0
+
+    @model_validator(mode="after")
+    def regular_expression(self):
+        if self.document_start is None:
+            return self
+        if self.streaming:
+            raise ValueError("document_start joins rows of a source that is read whole: streaming must be false")
+        try:
+            re.compile(self.document_start)
+        except re.error as error:
+            raise ValueError(f"document_start={self.document_start!r} is no regular expression: {error}") from None
+        return self
 
 
 class ChatSection(Section):
@@ -128,18 +167,56 @@ class OptimizerSection(Section):
     ns_steps: int = Field(default=5, ge=1, lt=100)
 
 
-class ScheduleSection(Section):
-    """Learning-rate factor against progress: linear warm-up, constant, then linear decay to `final`."""
+class BatchRampSection(Section):
+    """Sequences per step grow linearly over the first `tokens` of the run, from `start` to the whole batch
+    (per_device_train_batch_size x gradient_accumulation_steps x processes), in whole micro-batches of all processes.
+    V3: from 3072 to 15360 over 469 of 14,800 billion tokens."""
 
+    start: int = Field(ge=1)
+    tokens: float = Field(gt=0)
+
+
+TRAPEZOID, V3 = {"decay", "final"}, {"constant_until", "cosine_until", "floor", "tail_from", "tail"}
+
+
+class ScheduleSection(Section):
+    """Learning-rate factor against progress, the share of the run's tokens that were seen.
+
+    `trapezoid`: linear warm-up, constant, then linear decay over the share `decay` to `final`.
+    `v3`: linear warm-up, constant, cosine to `floor`, constant, a last stretch at `tail`. Defaults are V3's: constant
+    to 10 of 14.8 trillion tokens, cosine from 2.2e-4 to 2.2e-5 over 4.3, then 0.333, then 7.3e-6 for 0.167.
+    """
+
+    kind: Literal["trapezoid", "v3"] = "trapezoid"
     warmup: float = Field(default=0.01, ge=0, le=1)
+    warmup_steps: int | None = Field(default=None, ge=1)  # in place of the share; V3: 2000
     decay: float = Field(default=0.4, ge=0, le=1)
     final: float = Field(default=0.0, ge=0, le=1)
+    constant_until: float = Field(default=10 / 14.8, ge=0, le=1)
+    cosine_until: float = Field(default=14.3 / 14.8, ge=0, le=1)
+    floor: float = Field(default=0.1, ge=0, le=1)
+    tail_from: float = Field(default=14.633 / 14.8, ge=0, le=1)
+    tail: float = Field(default=7.3 / 220, ge=0, le=1)
+    batch_ramp: BatchRampSection | None = None
     max_seconds: float | None = Field(default=None, gt=0)  # ends the run, fully decayed, if max_steps has not
 
     @model_validator(mode="after")
     def fits(self):
-        if self.warmup + self.decay > 1:
-            raise ValueError(f"warmup + decay = {self.warmup + self.decay} exceeds the whole run, 1")
+        default = {name: field.default for name, field in type(self).model_fields.items()}
+        others = V3 if self.kind == "trapezoid" else TRAPEZOID
+        for name in sorted(others):
+            if getattr(self, name) != default[name]:
+                raise ValueError(f"{name}={getattr(self, name)} is no field of kind={self.kind!r}")
+        if self.warmup_steps is not None and self.warmup != default["warmup"]:
+            raise ValueError(f"give warmup={self.warmup} (a share) or warmup_steps={self.warmup_steps}, not both")
+        warmup = 0.0 if self.warmup_steps is not None else self.warmup
+        if self.kind == "trapezoid" and warmup + self.decay > 1:
+            raise ValueError(f"warmup + decay = {warmup + self.decay} exceeds the whole run, 1")
+        ends = [warmup, self.constant_until, self.cosine_until, self.tail_from]
+        if self.kind == "v3" and ends != sorted(ends):
+            raise ValueError(f"warmup, constant_until, cosine_until, tail_from must not fall, and are {ends}")
+        if self.batch_ramp is not None and self.max_seconds is not None:
+            raise ValueError("batch_ramp goes by tokens and max_seconds by time: give one of them")
         return self
 
 
@@ -170,6 +247,12 @@ class PipelineSection(Section):
     layers: list[Annotated[int, Field(ge=1)]] | None = None  # decoder layers of each stage; default: evenly
 
 
+class ParallelSection(Section):
+    """What accelerate's launch files cannot express."""
+
+    expert: int = Field(default=1, ge=1)  # processes among which each layer's experts are spread (fsdp2_ep.yaml)
+
+
 class CardSection(Section):
     """What the model card (README.md) says beyond what the run knows: identifiers as the Hub has them."""
 
@@ -196,7 +279,10 @@ class Recipe(Section):
     balance: BalanceSection = Field(default_factory=BalanceSection)
     mtp: MtpSection | None = None  # for a model with num_nextn_predict_layers; default: its config's mtp_loss_coef
     pipeline: PipelineSection | None = None  # for train.pipeline
-    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the hardware multiplies it natively
+    parallel: ParallelSection = Field(default_factory=ParallelSection)
+    # auto: bf16 where the hardware multiplies it natively; fp8: the same, the products of linear layers in FP8 blocks
+    precision: Literal["auto", "bf16", "fp32", "fp8"] = "auto"
+    fp8_scales: Literal["fp32", "ue8m0"] = "fp32"  # ue8m0: powers of two
     card: CardSection = Field(default_factory=CardSection)
     threads: int | None = Field(default=None, ge=1)  # CPU threads; default: this process's share of the cores
     prompt: str | None = None  # text to continue when the run has ended
@@ -209,7 +295,7 @@ class Recipe(Section):
         ours |= {
             "learning_rate": "optimizer.matrix_lr",
             "lr_scheduler_type": "schedule",
-            "warmup_steps": "schedule.warmup",
+            "warmup_steps": "schedule.warmup_steps",
         }
         for key, value in self.trainer.items():
             if key.endswith("_strategy") and value is False:
@@ -221,6 +307,16 @@ class Recipe(Section):
                 hint = f"; did you mean {close[0]!r}?" if close else ""
                 raise ValueError(f"trainer.{key} is no field of transformers.TrainingArguments{hint}")
             self.trainer[key] = self._training_argument(key, self.trainer[key])
+        return self
+
+    @model_validator(mode="after")
+    def streams_by_steps(self):
+        reason = "schedule.batch_ramp" if self.schedule.batch_ramp else "data.streaming"
+        streams = self.schedule.batch_ramp is not None or (isinstance(self.data, DataSection) and self.data.streaming)
+        if streams and self.trainer.get("max_steps", -1) < 1:
+            raise ValueError(f"{reason} needs trainer.max_steps: a stream of sequences has no epochs")
+        if streams and self.trainer.get("dataloader_num_workers", 0):
+            raise ValueError(f"{reason} reads in the training process: trainer.dataloader_num_workers must be 0")
         return self
 
     @staticmethod
@@ -243,6 +339,12 @@ class Recipe(Section):
             )
         return value
 
+    @model_validator(mode="after")
+    def scales_go_with_fp8(self):
+        if self.fp8_scales != "fp32" and self.precision in ("bf16", "fp32"):
+            raise ValueError(f"fp8_scales={self.fp8_scales!r} goes with precision: fp8, and that is {self.precision!r}")
+        return self
+
 
 class FinetuneRecipe(Recipe):
     """A recipe for `train.finetune`: a checkpoint and conversations."""
@@ -253,9 +355,21 @@ class FinetuneRecipe(Recipe):
     balance: BalanceSection = Field(default_factory=lambda: BalanceSection(gamma=0.0))
 
     @model_validator(mode="after")
+    def keeps_the_batch(self):
+        if self.schedule.batch_ramp is not None:
+            raise ValueError("schedule.batch_ramp is for pretraining")
+        return self
+
+    @model_validator(mode="after")
     def starts_from_a_checkpoint(self):
         if self.model.checkpoint is None:
             raise ValueError("fine-tuning needs model.checkpoint, the folder of a trained model")
+        return self
+
+    @model_validator(mode="after")
+    def is_not_spread(self):
+        if self.parallel.expert > 1:
+            raise ValueError(f"parallel.expert={self.parallel.expert} is for pretraining only")
         return self
 
     @model_validator(mode="after")
@@ -264,6 +378,8 @@ class FinetuneRecipe(Recipe):
             return self
         if self.optimizer.name != "adamw":
             raise ValueError("lora needs optimizer.name=adamw: Muon is for whole matrices, not for the factors of one")
+        if self.precision == "fp8":
+            raise ValueError("precision: fp8 is for training whole weights; with lora use bf16, fp32 or auto")
         if self.balance.gamma:
             raise ValueError(
                 f"balance.gamma={self.balance.gamma:g} is not possible with lora: the routers' biases are the model's, "

@@ -21,9 +21,12 @@ from transformers.utils.import_utils import is_serve_available
 from modeling_nanodeepseek import NanoDeepSeekConfig, NanoDeepSeekForCausalLM
 from modeling_nanodeepseek.continuous import check_continuous_batching
 
+from .adapters import refuse_adapter
+
 
 def check_model(model: str, continuous_batching: bool):
     """Raises ValueError or OSError for what `transformers serve` would find out at the first request, or never."""
+    refuse_adapter(model, "served")
     if not is_serve_available():
         raise ValueError("serving needs fastapi, uvicorn and openai: pip install 'transformers[serving]'")
     config = AutoConfig.from_pretrained(model)

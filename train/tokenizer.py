@@ -3,11 +3,15 @@
 from collections.abc import Iterable
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
 USER, ASSISTANT, SYSTEM = "<|user|>", "<|assistant|>", "<|system|>"
+ROLE_MARKERS = [USER, ASSISTANT, SYSTEM]
 FIM = ["<|fim_begin|>", "<|fim_hole|>", "<|fim_end|>"]
+
+# The same tokens in DeepSeek's own tokenizers, between full-width bars.
+DEEPSEEK_FIM = [f"<\uff5cfim\u2581{part}\uff5c>" for part in ("begin", "hole", "end")]
 
 # DeepSeek-V3's word boundaries, to the letter: llama.cpp recognises a tokenizer by how these cut a test text.
 SPLITS = [
@@ -36,7 +40,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     Any text encodes and decodes back exactly. `<|bos|>` is put in front by default, as DeepSeek's tokenizers do.
     Raises: ValueError if the texts cannot supply so many tokens.
     """
-    special = [BOS, EOS, PAD, USER, ASSISTANT, SYSTEM, *FIM]
+    special = [BOS, EOS, PAD, *ROLE_MARKERS, *FIM]
     tokenizer = Tokenizer(models.BPE())
     splits = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in SPLITS]
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -64,8 +68,23 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         bos_token=BOS,
         eos_token=EOS,
         pad_token=PAD,
-        additional_special_tokens=[USER, ASSISTANT, SYSTEM, *FIM],
+        additional_special_tokens=[*ROLE_MARKERS, *FIM],
         add_bos_token=True,
         clean_up_tokenization_spaces=False,
         chat_template=CHAT_TEMPLATE,
+    )
+
+
+def fim_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids of begin, hole and end, for filling in the middle: ours, or those of DeepSeek's own tokenizers.
+
+    Raises: ValueError if the tokenizer has neither.
+    """
+    known = tokenizer.get_vocab()
+    for names in (FIM, DEEPSEEK_FIM):
+        if all(name in known for name in names):
+            return [known[name] for name in names]
+    raise ValueError(
+        f"data.fim_rate needs a tokenizer with the tokens {', '.join(FIM)} (or DeepSeek's own of these names), and "
+        "this one lacks them: set fim_rate to 0, or train a tokenizer (leave out tokenizer.path)"
     )

@@ -4,34 +4,57 @@ import math
 import shutil
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from torch.nn import functional as F
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState, ProgressCallback
+from transformers.trainer_utils import IntervalStrategy
 
 from modeling_nanodeepseek import LoadBalancingCallback
 from modeling_nanodeepseek.mtp import further_targets
+from modeling_nanodeepseek.remote_code import LICENSE
 from modeling_nanodeepseek.saving import replacing
 
 from .accounting import training_flops_per_token
 from .card import model_card
 from .checkpointing import AtomicCheckpoints
+from .expert_load import ExpertLoadLog
 from .faults import check_finite
+from .fp8 import convert_no_further
+from .gradients import gradient_norms
 from .hardware import matmul_peak
 from .optimizers import build_optimizer
+from .parallel import shard_on_cpu
 from .recipe import MtpSection, Recipe, ScheduleSection
+from .steps import StreamedSteps
 
 
 def lr_factor(progress: float, schedule: ScheduleSection) -> float:
-    """The learning-rate factor at `progress` in 0..1: linear warm-up to 1, constant, linear decay to `final`."""
-    if progress < schedule.warmup:
+    """The learning-rate factor at `progress` in 0..1; a warm-up in steps (`warmup_steps`) is not part of it."""
+    if schedule.warmup_steps is None and progress < schedule.warmup:
         return progress / schedule.warmup
+    return (trapezoid if schedule.kind == "trapezoid" else v3)(progress, schedule)
+
+
+def trapezoid(progress: float, schedule: ScheduleSection) -> float:
+    """Constant, then linear decay to `final`."""
     if progress <= 1 - schedule.decay or not schedule.decay:
         return 1.0
     left = max(0.0, 1 - progress) / schedule.decay
     return schedule.final + (1 - schedule.final) * left
+
+
+def v3(progress: float, schedule: ScheduleSection) -> float:
+    """Constant, cosine to `floor`, constant, and the last stretch at `tail` (V3 report section 4.2)."""
+    if progress <= schedule.constant_until:
+        return 1.0
+    if progress < schedule.cosine_until:
+        done = (progress - schedule.constant_until) / (schedule.cosine_until - schedule.constant_until)
+        return schedule.floor + (1 - schedule.floor) * (1 + math.cos(math.pi * done)) / 2
+    return schedule.floor if progress <= schedule.tail_from else schedule.tail
 
 
 class Clock(TrainerCallback, ExportableState):
@@ -41,12 +64,14 @@ class Clock(TrainerCallback, ExportableState):
         self.max_seconds = max_seconds
         self.spent = spent
         self._last: float | None = None
+        self._began: tuple[float, float] | None = None  # the time, and `spent`, when training began
 
     def on_train_begin(self, args, state, control, **kwargs):
         # A resumed run's state holds what its checkpoint saved; transformers itself restores it on request only.
         saved = state.stateful_callbacks.get(type(self).__name__)
         if saved is not None:
             self.spent = max(self.spent, saved["args"]["spent"])
+        self._began = time.perf_counter(), self.spent
 
     def on_step_begin(self, args, state, control, **kwargs):
         self._last = time.perf_counter()
@@ -61,6 +86,19 @@ class Clock(TrainerCallback, ExportableState):
             torch.distributed.broadcast(spent, src=0)
             self.spent = spent.item()
         control.should_training_stop |= self.spent >= self.max_seconds
+
+    def seconds_left(self, steps: int, seconds_per_step: float) -> float:
+        """Until the run ends, by its steps or by its time limit, whichever comes first.
+
+        Steps and limit are of training; what evaluating, saving and reading took beside it since the run began is
+        expected to go on in proportion.
+        """
+        training = steps * seconds_per_step
+        if self.max_seconds is not None:
+            training = min(training, max(0.0, self.max_seconds - self.spent))
+        if self._began is None or self.spent <= self._began[1]:
+            return training
+        return training * max(1.0, (time.perf_counter() - self._began[0]) / (self.spent - self._began[1]))
 
     def state(self) -> dict:
         return {"args": {"max_seconds": self.max_seconds, "spent": self.spent}, "attributes": {}}
@@ -93,6 +131,7 @@ class LineCallback(ProgressCallback):
         if not state.is_world_process_zero:
             return
         parts = [text.format(float(logs[key])) for key, text in self.FORMATS.items() if key in logs]
+        parts += [f"{timedelta(seconds=round(logs['seconds_left']))} left"] if "seconds_left" in logs else []
         line = f"step {state.global_step}/{state.max_steps}  " + "  ".join(parts)
         if parts:
             (self.training_bar.write if self.training_bar is not None else print)(line)
@@ -109,13 +148,13 @@ class MtpCallback(TrainerCallback):
         model.config.mtp_loss_coef = self.section.coef if done < self.section.switch_at else self.section.final_coef
 
 
-class NanoDeepSeekTrainer(AtomicCheckpoints, Trainer):
+class NanoDeepSeekTrainer(StreamedSteps, AtomicCheckpoints, Trainer):
     """Trainer for a recipe.
 
     Adds: the recipe's optimizer and schedule; loss-free balancing; the weight of multi-token prediction; every loss
-    term, each module's accuracy, the experts' load, tokens per
-    second and FLOP utilisation in the log; `evaluate()` with the exact mean loss and bits per byte; checkpoints that
-    are whole or not there (`checkpointing.py`).
+    term, each module's accuracy, the experts' load (`expert_load.py`), the gradients' norms by part (`gradients.py`),
+    tokens per second, FLOP utilisation and the time left in the log; `evaluate()` with the exact mean loss and bits per
+    byte; checkpoints that are whole or not there (`checkpointing.py`).
 
     Args:
         recipe: the run.
@@ -126,12 +165,14 @@ class NanoDeepSeekTrainer(AtomicCheckpoints, Trainer):
         self.recipe = recipe
         self.validation_bytes = validation_bytes
         super().__init__(*args, **kwargs)
+        self.stream_steps(recipe.schedule.batch_ramp, recipe.data.sequence_length)
         balance = recipe.balance
         self.balancing = LoadBalancingCallback(
             lambda done: balance.gamma if self.progress(done) < balance.freeze_at else 0.0, balance.centre
         )
+        self.load_log = ExpertLoadLog(self.balancing, self.model)
         self.remove_callback(ProgressCallback)
-        for callback in (Clock(recipe.schedule.max_seconds), self.balancing, LineCallback()):
+        for callback in (Clock(recipe.schedule.max_seconds), self.balancing, self.load_log, LineCallback()):
             self.add_callback(callback)
         if recipe.mtp is not None:
             self.add_callback(MtpCallback(recipe.mtp, self.progress))
@@ -139,10 +180,17 @@ class NanoDeepSeekTrainer(AtomicCheckpoints, Trainer):
         self._terms: dict[str, list[torch.Tensor]] = {}
         self._tokens = self._steps = 0
         self._since: float | None = None
+        self._gradient_norms: dict[str, float] = {}
         self._batches: list[tuple[dict, torch.Tensor]] = []  # inputs and losses since the last step
         self._flops_per_token = training_flops_per_token(self.model.config, recipe.data.sequence_length)
-        dtype = torch.bfloat16 if self.args.bf16 else torch.float32
-        self._peak = matmul_peak(self.args.device, dtype) * self.args.world_size
+        dtype = torch.float32 if self.args.mixed_precision == "no" else torch.bfloat16
+        # FLOP/s of all processes' devices in matrix products, measured.
+        self.peak = matmul_peak(self.args.device, dtype) * self.args.world_size
+
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        convert_no_further(self.accelerator)
+        shard_on_cpu(self)
 
     @property
     def clock(self) -> Clock:
@@ -150,20 +198,31 @@ class NanoDeepSeekTrainer(AtomicCheckpoints, Trainer):
         return next(callback for callback in self.callback_handler.callbacks if isinstance(callback, Clock))
 
     def progress(self, share_of_steps: float) -> float:
-        """Share of the run that is over: by steps or by time, whichever is further."""
+        """Share of the run that is over: by tokens or by time, whichever is further. Without a ramp of the batch the
+        share of tokens is that of steps."""
         limit = self.recipe.schedule.max_seconds
-        return max(share_of_steps, self.clock.spent / limit if limit else 0.0)
+        share = share_of_steps if self.plan is None else self.plan.share(share_of_steps)
+        return max(share, self.clock.spent / limit if limit else 0.0)
 
     def create_optimizer(self, model=None):
+        if self.is_deepspeed_enabled and self.recipe.optimizer.name == "muon":
+            raise ValueError(
+                "optimizer.name='muon' is not possible with DeepSpeed, which steps flat pieces of parameters and not "
+                "matrices: use optimizer.name=adamw, or FSDP2 (configuration/accelerate/fsdp2.yaml)"
+            )
         if self.optimizer is None:
             self.optimizer = build_optimizer(model or self.model, self.recipe.optimizer)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         if self.lr_scheduler is None:
+            schedule = self.recipe.schedule
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
                 optimizer or self.optimizer,
-                lambda step: lr_factor(self.progress((step + 1) / num_training_steps), self.recipe.schedule),
+                lambda step: (
+                    min(1.0, (step + 1) / (schedule.warmup_steps or 1))
+                    * lr_factor(self.progress((step + 1) / num_training_steps), schedule)
+                ),
             )
         return self.lr_scheduler
 
@@ -180,11 +239,25 @@ class NanoDeepSeekTrainer(AtomicCheckpoints, Trainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         loss = super().training_step(model, inputs, num_items_in_batch)
+        if not inputs:  # an empty micro-batch of a smaller step
+            return loss
         self._batches.append((inputs, loss))
         if self.accelerator.sync_gradients:  # before what is not finite reaches a weight
             batches, self._batches = self._batches, []
             check_finite(self.accelerator, model, batches, self.state.global_step + 1, self._prepare_inputs)
+            if self._logs_gradients():  # before gradients are clipped
+                scaler = self.accelerator.scaler
+                self._gradient_norms = gradient_norms(self.model, 1.0 if scaler is None else scaler.get_scale())
         return loss
+
+    def _logs_gradients(self) -> bool:
+        """Whether the step under way will be logged, with gradients that can be told apart: each a whole one or a
+        DTensor, which FSDP 1 has not. With logging_strategy="epoch" that is not known beforehand."""
+        if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
+            return False
+        step = self.state.global_step + 1
+        by_steps = self.args.logging_strategy == IntervalStrategy.STEPS and step % self.state.logging_steps == 0
+        return by_steps or (step == 1 and self.args.logging_first_step)
 
     def log(self, logs: dict[str, float], *args, **kwargs):
         if "loss" in logs and self._steps:
@@ -198,11 +271,14 @@ class NanoDeepSeekTrainer(AtomicCheckpoints, Trainer):
                 learning = [p for n, p in self.model.named_parameters() if ".indexer.wk." in n and p.requires_grad]
                 logs["index_kl"] = logs["index_loss"] / len(learning)
             self._name_by_depth(logs)
-            logs["tokens_per_second"] = self._tokens / max(self.clock.spent - self._since, 1e-9)
-            logs["flop_utilisation"] = logs["tokens_per_second"] * self._flops_per_token / self._peak
-            if self.balancing.load is not None:
-                logs |= self.balancing.load.metrics()
+            seconds = max(self.clock.spent - self._since, 1e-9)
+            logs["tokens_per_second"] = self._tokens / seconds
+            logs["flop_utilisation"] = logs["tokens_per_second"] * self._flops_per_token / self.peak
+            left = self.state.max_steps - self.state.global_step
+            logs["seconds_left"] = self.clock.seconds_left(left, seconds / self._steps)
+            logs |= self.load_log.metrics() | self._gradient_norms
             self._terms, self._tokens, self._steps, self._since = {}, 0, 0, None
+            self._gradient_norms = {}
         super().log(logs, *args, **kwargs)
 
     @staticmethod
@@ -283,6 +359,7 @@ class NanoDeepSeekTrainer(AtomicCheckpoints, Trainer):
     def _push_from_checkpoint(self, checkpoint_folder: str):
         # transformers moves config and weights up to what it uploads, and not the code that config.json names.
         if self.is_world_process_zero():
-            for file in Path(checkpoint_folder).glob("*.py"):
+            folder = Path(checkpoint_folder)
+            for file in (*folder.glob("*.py"), *folder.glob(LICENSE)):
                 shutil.copyfile(file, Path(self.args.output_dir, file.name))
         super()._push_from_checkpoint(checkpoint_folder)

@@ -144,6 +144,22 @@ class NanoDeepSeek(Conformance, unittest.TestCase):
         with unittest.mock.patch.object(RotaryEmbedding, "forward", forward):
             super().test_model_rope_scaling_frequencies()
 
+    def test_tp_generation_quantized(self):
+        # A rank quantises its part of a row by that part's largest number. Where a row is split (o_proj, down_proj) its
+        # parts round otherwise than the whole, which is all that differs (tests/distributed/test_quantisation.py), and
+        # greedy texts of random weights part at the first near tie. So every part is given the row's largest number.
+        save = PreTrainedModel.save_pretrained
+
+        def save_level(model, *args, **kwargs):
+            for name, parameter in model.named_parameters():
+                if name.endswith(("o_proj.weight", "down_proj.weight")):
+                    parts = parameter.data.unflatten(-1, (self.tensor_parallel_size, -1))
+                    parts[..., 0] = parameter.data.abs().amax(-1, keepdim=True)
+            return save(model, *args, **kwargs)
+
+        with unittest.mock.patch.object(PreTrainedModel, "save_pretrained", save_level):
+            super().test_tp_generation_quantized()
+
     def test_training_gradient_checkpointing_use_reentrant_true(self):
         # The balance loss refuses reentrant checkpointing in words (tests/test_modeling.py); the rest must work.
         self.settings = {"aux_loss_alpha": 0.0}

@@ -10,6 +10,7 @@ import yaml
 
 from tests.small_run import TINY_MODEL
 from train import pretrain
+from train.expert_load import read_expert_load
 from train.recipe import REPOSITORY
 
 
@@ -24,19 +25,37 @@ WARM_UP = {
     "indexer": {"index_topk": 4, "index_n_heads": 3, "index_head_dim": 8},
 }
 TERMS = {
-    "all": ("loss", "ce_loss", "balance_loss", "grad_norm", "expert_max_violation", "expert_load_entropy"),
+    "all": (
+        "loss",
+        "ce_loss",
+        "balance_loss",
+        "grad_norm",
+        "expert_max_violation",
+        "expert_load_entropy",
+        "grad_norm/experts",
+        "grad_norm/scalars",
+        "expert_max_violation/layer_1",
+    ),
     "warm-up": ("loss", "ce_loss", "index_loss", "index_kl", "grad_norm"),
+    "streamed": ("loss", "ce_loss", "balance_loss", "grad_norm", "learning_rate", "expert_max_violation"),
+}
+STREAMED = {  # whose batch grows from 8 rows to 16
+    "data": {"streaming": True, "validation_documents": 5, "fim_rate": 0.2},
+    "schedule": {"kind": "v3", "batch_ramp": {"start": 8, "tokens": 600}},
 }
 
 
 @pytest.mark.parametrize("learns", TERMS)
 def test_two_processes_are_one(learns, tiny_recipe, tmp_path):
-    model = {"model": WARM_UP} if learns == "warm-up" else {}
-    alone = tiny_recipe(output_dir=str(tmp_path / "alone"), trainer={"per_device_train_batch_size": 8}, **model)
+    model = {"warm-up": {"model": WARM_UP}, "streamed": STREAMED}.get(learns, {})
+    steps = {"gradient_accumulation_steps": 2 if learns == "streamed" else 1}
+    alone = tiny_recipe(output_dir=str(tmp_path / "alone"), trainer={"per_device_train_batch_size": 8} | steps, **model)
     pretrain.run(alone)
     file = tmp_path / "recipe.yaml"
     shared = tiny_recipe(
-        output_dir=str(tmp_path / "shared"), trainer={"per_device_train_batch_size": 4, "use_cpu": True}, **model
+        output_dir=str(tmp_path / "shared"),
+        trainer={"per_device_train_batch_size": 4, "use_cpu": True} | steps,
+        **model,
     )
     file.write_text(yaml.safe_dump(shared.model_dump(mode="json")))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -48,6 +67,8 @@ def test_two_processes_are_one(learns, tiny_recipe, tmp_path):
         assert ("expert_max_violation" in two) == ("expert_max_violation" in TERMS[learns])
         for term in TERMS[learns]:
             assert two[term] == pytest.approx(one[term], rel=1e-3), term
+    loads = [read_expert_load(tmp_path / folder) for folder in ("alone", "shared")]
+    assert len(loads[0]) == (3 if learns == "all" else 0) and loads[0] == loads[1]  # counts of both ranks, to the token
     scores = [json.loads((tmp_path / run / "metrics.json").read_text()) for run in ("alone", "shared")]
     assert scores[0]["eval_tokens"] == scores[1]["eval_tokens"]
     assert scores[1]["eval_loss"] == pytest.approx(scores[0]["eval_loss"], rel=1e-4)

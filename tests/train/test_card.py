@@ -9,14 +9,15 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard
+from safetensors.torch import load_file
 
 from modeling_nanodeepseek import NanoDeepSeekConfig
 from tests.conftest import SPARSE, TINY, tiny_model, tokens
 from tests.small_run import TINY_MODEL
-from train import pretrain
+from train import finetune, pretrain
 from train.accounting import count_parameters
 from train.card import REQUIRES, cache_bytes, code, describe_source, escape, hub_datasets, model_card
-from train.recipe import REPOSITORY, CardSection
+from train.recipe import REPOSITORY, CardSection, FinetuneRecipe
 
 
 def rows(card: ModelCard) -> dict[str, str]:
@@ -93,6 +94,48 @@ def test_modules_indexers_and_origins_are_named(tiny_recipe, tmp_path):
     assert "trained from the weights of `run`" in card.text and "fresh weights" not in card.text
     assert "base_model" not in front_matter(card)
     assert 0 <= float(said["second token right, held out"]) <= 1
+
+
+def test_what_fine_tuning_and_its_adapters_say(tiny_recipe, tmp_path):
+    """Three kinds beside a pretrained model's: all weights, an adapter, and the model with it merged."""
+    pytest.importorskip("peft")
+    pretrain.run(tiny_recipe(trainer={"max_steps": 1}))
+    talk = [{"role": "user", "content": "fox"}, {"role": "assistant", "content": "FOX"}]
+    (tmp_path / "chat.jsonl").write_text((json.dumps({"messages": talk}) + "\n") * 9)
+    values = tiny_recipe(output_dir=str(tmp_path / "tuned")).model_dump(mode="json") | {
+        "model": {"checkpoint": str(tmp_path / "run")},
+        "data": {"source": str(tmp_path / "chat.jsonl"), "sequence_length": 40, "validation_share": 0.2},
+        "optimizer": {"name": "adamw"},
+        "balance": {"gamma": 0.0},
+    }
+    values["trainer"] |= {"max_steps": 1}
+    finetune.run(FinetuneRecipe.model_validate(values))
+    values |= {"output_dir": str(tmp_path / "lora"), "lora": {"rank": 2, "merge": True}}
+    finetune.run(FinetuneRecipe.model_validate(values))
+    tuned, lora, merged = (ModelCard.load(tmp_path / f / "README.md") for f in ("tuned", "lora", "lora/merged"))
+    for card in (tuned, lora, merged):
+        said = rows(card)
+        assert said["source"] == "the conversations in `chat.jsonl`" and said["learned"] == "what the assistant says"
+        assert said["balancing"].startswith("biases rest") and "so has the model that it" in card.text
+        assert "Losses are those of what the assistant says" in card.text and "apply_chat_template" in card.text
+        assert "tokens seen" not in said and card.data.eval_results[0].dataset_name == "held-out conversations"
+        assert re.search(r"\n\n\| \| \|\n\|---\|---\|\n\| ", card.text)
+    weights = load_file(tmp_path / "lora" / "adapter_model.safetensors").values()
+    assert rows(lora)["parameters that learned"] == f"{sum(weight.numel() for weight in weights):,}"
+    assert "parameters that learned" not in rows(tuned) and "LoRA" not in rows(tuned)
+    assert "the weights of the base stay" in rows(lora)["LoRA"] and "merged" in rows(merged)["LoRA"]
+    assert [card.data.library_name for card in (tuned, lora, merged)] == ["transformers", "peft", "transformers"]
+    assert ["PeftModel" in card.text for card in (tuned, lora, merged)] == [False, True, False]
+    assert ["LICENSE-CODE" in card.text for card in (tuned, lora, merged)] == [True, False, True]
+
+
+def test_a_warm_up_says_that_attention_is_dense_and_that_biases_rest(tiny_recipe):
+    recipe = tiny_recipe(trainer={"max_steps": 1})
+    recipe.model.overrides = TINY_MODEL | {"q_lora_rank": 16}
+    recipe.model.indexer, recipe.model.dsa_stage = {"index_topk": 8, "index_n_heads": 2, "index_head_dim": 8}, "warmup"
+    said = rows(model_card(pretrain.build_trainer(recipe, pretrain.training_arguments(recipe))))
+    assert "dense, with an indexer in warm-up, for 8 keys" in said["attention"] and "balancing" not in said
+    assert int(said["parameters that learned"].replace(",", "")) < 2000
 
 
 HOSTILE = '---\nlicense: gpl\n---\n# <script>alert(1)</script> [x](http://x) | `rm` "'

@@ -215,6 +215,30 @@ def test_a_really_full_disk(whole, recipe, tmp_path, small_disk):
     assert_same_run(run, whole)
 
 
+def test_a_disk_that_fills_up_under_a_log(whole, recipe, tmp_path, small_disk, monkeypatch, capfd):
+    """TensorBoard's writer is a thread; what it held is lost, the run and its checkpoint are not."""
+    given = recipe(report_to=["tensorboard"])
+    given.output_dir = str(small_disk / "run")
+    on_log, ballast = trainer_module.LineCallback.on_log, small_disk / "ballast"
+
+    def fill(self, args, state, *rest, **kwargs):
+        on_log(self, args, state, *rest, **kwargs)
+        if state.global_step == 5 and not ballast.exists():
+            ballast.write_bytes(bytes(shutil.disk_usage(small_disk).free))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer_module.LineCallback, "on_log", fill)
+        with pytest.raises(SystemExit) as caught:
+            pretrain.main(command(given, tmp_path))
+    message, run = str(caught.value), small_disk / "run"
+    assert message.startswith(f"error: '{run}") and "o space left" in message and "\n" not in message
+    assert "last complete checkpoint is 'checkpoint-4'" in message and "Traceback" not in capfd.readouterr().err
+    assert {path.name for path in run.iterdir()} == {"checkpoint-2", "checkpoint-4", "runs"}
+    ballast.unlink()
+    pretrain.run(given)
+    assert_same_run(run, whole)
+
+
 def remove(name):
     return lambda folder: (folder / name).unlink()
 

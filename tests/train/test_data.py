@@ -9,7 +9,8 @@ from datasets import Dataset, load_dataset
 
 from modeling_nanodeepseek import NanoDeepSeekConfig, NanoDeepSeekForCausalLM, update_expert_bias
 from tests.small_run import TINY_MODEL, small_tokenizer
-from train.data import collate, hold_out, load_documents, pack
+from train.data import Packer, collate, hold_out, load_documents, pack
+from train.tokenizer import DEEPSEEK_FIM, FIM, fim_tokens
 
 
 def documents(*texts: str) -> Dataset:
@@ -176,3 +177,54 @@ def test_many_tiny_documents_are_enough():
 def test_ids_fit_int64_batches():
     rows = pack(documents("hello there, you"), small_tokenizer(), 4)
     assert collate([rows[0]])["input_ids"].dtype == torch.int64
+
+
+def test_rows_that_are_lines_become_documents(tmp_path):
+    """WikiText's layout: a row per line, blank ones among them, an article at each heading of the first level."""
+    lines = ["", " = First = \n", "", " a text \n", " = = Part = = \n", " more = x \n", " = Second = \n", " end \n"]
+    Dataset.from_dict({"text": lines}).to_parquet(tmp_path / "wiki.parquet")
+    source = {"dataset": "parquet", "data_files": str(tmp_path / "wiki.parquet")}
+    loaded = load_documents(source, document_start="^ = [^=].* = $")
+    assert loaded["text"][:] == [" = First = \n a text \n = = Part = = \n more = x \n", " = Second = \n end \n"]
+    assert len(load_documents(source)) == 6
+
+
+def test_filling_in_the_middle():
+    """begin prefix hole suffix end middle, of a share of the documents; nothing is lost, and a document's cut depends
+    on the seed and its text alone."""
+    tokenizer = small_tokenizer()
+    begin, hole, end = fim_tokens(tokenizer)
+    texts = [f"the quick brown fox {i} jumps over a lazy dog" for i in range(400)]
+    packer = Packer(tokenizer, 64, fim_rate=0.25, seed=7)
+    changed = 0
+    for text, tokens in zip(texts, packer.tokens(texts)):
+        if begin not in tokens:
+            assert tokens == tokenizer(text, add_special_tokens=False)["input_ids"]
+            continue
+        changed += 1
+        assert tokens[0] == begin and [tokens.count(t) for t in (begin, hole, end)] == [1, 1, 1]
+        a, b = tokens.index(hole), tokens.index(end)
+        prefix, suffix, middle = (tokenizer.decode(part) for part in (tokens[1:a], tokens[a + 1 : b], tokens[b + 1 :]))
+        assert prefix + middle + suffix == text
+    assert 70 < changed < 130
+    again = Packer(tokenizer, 64, fim_rate=0.25, seed=7)
+    assert again.tokens(texts[::-1])[::-1] == packer.tokens(texts)
+    assert Packer(tokenizer, 64, fim_rate=0.25, seed=8).tokens(texts) != packer.tokens(texts)
+    rows = pack(documents(*texts[:50]), tokenizer, 64, fim_rate=1.0)
+    ids = [token for row in rows for token in row["input_ids"].tolist()]
+    assert ids.count(begin) >= 50 and ids[1] == begin  # inside a document, before packing
+
+
+class Vocabulary:
+    def __init__(self, *names):
+        self.names = names
+
+    def get_vocab(self):
+        return {name: 5 + i for i, name in enumerate(self.names)}
+
+
+def test_tokens_for_filling_in_the_middle():
+    assert fim_tokens(Vocabulary(*FIM)) == fim_tokens(Vocabulary(*DEEPSEEK_FIM)) == [5, 6, 7]
+    assert [name.encode() for name in DEEPSEEK_FIM][1] == b"<\xef\xbd\x9cfim\xe2\x96\x81hole\xef\xbd\x9c>"
+    with pytest.raises(ValueError, match="fim_rate needs a tokenizer with the tokens .*fim_hole"):
+        Packer(Vocabulary("<|bos|>"), 64, fim_rate=0.1)

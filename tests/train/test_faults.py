@@ -1,12 +1,18 @@
 """A loss or a gradient that is no number ends the run, with the step and the module, before it reaches a weight."""
 
+import errno
+import json
+import re
+import threading
+
 import pytest
 import torch
 from accelerate import Accelerator
 from transformers import TrainerCallback
 
 from tests.train.test_trainer import build
-from train.faults import NonFiniteError, check_finite, first_non_finite, non_finite_gradients
+from train import pretrain
+from train.faults import NonFiniteError, check_finite, first_non_finite, full_disks_of_threads, non_finite_gradients
 
 
 class Poison(TrainerCallback):
@@ -33,6 +39,42 @@ def test_a_loss_that_is_nan(tiny_recipe):
     message = r"step 3: the loss is nan, first in the output of model\.layers\.1\.mlp\.experts \(GatedExperts\)"
     with pytest.raises(NonFiniteError, match=message):
         run(tiny_recipe(trainer={"report_to": []}), 3, spoil)
+
+
+def test_it_ends_the_command_with_one_message(tiny_recipe, tmp_path, capfd):
+    """A rate that no weight survives, through the entry point."""
+    recipe = tiny_recipe(optimizer={"name": "adamw", "matrix_lr": 1e30}, trainer={"report_to": []})
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe.model_dump(mode="json")))  # JSON is YAML
+    with pytest.raises(SystemExit) as caught:
+        pretrain.main(["--config", str(tmp_path / "recipe.yaml")])
+    message = str(caught.value)
+    assert re.match(r"error: step \d: the loss is (nan|inf), first in the output of model\.layers\.\d\.\S+ \(", message)
+    assert "\n" not in message and "Traceback" not in capfd.readouterr().err
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_a_full_disk_under_a_thread(capfd):
+    """The last write of a log has no next one that could tell; other errors of threads stay what they are."""
+
+    def raising(error):
+        def work():
+            raise error
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+
+    with pytest.raises(OSError, match="No space left"), full_disks_of_threads():
+        raising(OSError(errno.ENOSPC, "No space left on device"))
+    assert "Traceback" not in capfd.readouterr().err
+    seen, before = [], threading.excepthook
+    threading.excepthook = seen.append
+    try:
+        with full_disks_of_threads():
+            raising(ValueError("another"))
+        assert len(seen) == 1 and threading.excepthook == seen.append
+    finally:
+        threading.excepthook = before
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])

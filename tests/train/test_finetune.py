@@ -216,7 +216,7 @@ def test_chat_templates(base):
     use_chat_template(tokenizer)
     assert tokenizer.chat_template == CHAT_TEMPLATE
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    with pytest.raises(ValueError, match="does not mark what the assistant says: put {% generation %}"):
+    with pytest.raises(ValueError, match="does not mark what the assistant says .* put {% generation %}"):
         use_chat_template(tokenizer)
     tokenizer.chat_template = CHAT_TEMPLATE
     refused = Dataset.from_list([{"name": "b#7", "messages": [a("tool"), SAYS]}])

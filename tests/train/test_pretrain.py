@@ -7,9 +7,9 @@ import sys
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, TrainingArguments, pipeline
 
-from tests.small_run import text
+from tests.small_run import small_tokenizer, text
 from train import pretrain
 from train.recipe import REPOSITORY
 
@@ -45,6 +45,14 @@ def test_continuing_from_a_checkpoint(tiny_recipe, tmp_path):
     )
     second.model.config, second.model.overrides, second.model.checkpoint = None, {}, str(tmp_path / "run")
     assert pretrain.run(second)["eval_loss"] < first["eval_loss"]
+
+
+def test_two_gpus_in_one_process_are_refused(tiny_recipe, tmp_path, monkeypatch):
+    """Trainer would share them by nn.DataParallel. Said before anything is read or written."""
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda args: 2))
+    with pytest.raises(ValueError, match=r"2 GPUs in one process .*nn\.DataParallel.*accelerate launch --multi_gpu"):
+        pretrain.run(tiny_recipe(trainer={"max_steps": 1}, data={"source": str(tmp_path / "nowhere")}))
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_command(tiny_recipe, tmp_path):
@@ -95,6 +103,17 @@ REFUSED = {
     "wrong argument": ({"data.source": "{dataset: json, nonsense: 3}"}, ["nonsense", "cannot be loaded"]),
     "streaming": ({"data.source": "{dataset: json, streaming: true}"}, ["streaming is not supported"]),
     "absent tokenizer": ({"tokenizer.path": "/nope/x"}, ["tokenizer.path", "'/nope/x' is not a folder"]),
+    "tokenizer nobody has": ({"tokenizer.path": "nope/x"}, ["'nope/x' has no tokenizer that can be read"]),
+    "no special tokens": ({"tokenizer.path": "{plain}"}, ["tokenizer has no bos_token, eos_token, pad_token"]),
+    "absent model file": ({"model.config": "/nope/m.json"}, ["'/nope/m.json' is neither a file nor one of"]),
+    "absent checkpoint": ({"model": "{checkpoint: /nope/x}"}, ["model.checkpoint '/nope/x' is not a folder"]),
+    "checkpoint nobody has": ({"model": "{checkpoint: nope/x}"}, ["'nope/x' is not a folder, and not to be had"]),
+    "absent validation": ({"data.validation": "{absent}"}, ["absent", "does not exist"]),
+    "no tokens to train on": (
+        {"data.source": "{few}", "data.validation": "{short}", "tokenizer.path": "{whole}"},
+        ["the corpus has only", "less than one sequence of 32"],
+    ),
+    "no tokens to validate": ({"data.validation": "{few}"}, ["the validation text has only", "one sequence of 32"]),
     "rope without factor": ({"model.overrides": "{rope_parameters: {rope_type: yarn}}"}, ["lacks 'factor'"]),
     "output is a file": ({"output_dir": "{short}"}, ["output_dir", "is a file"]),
     "impossible output": ({"output_dir": "/proc/nope"}, ["/proc/nope"]),
@@ -107,7 +126,12 @@ def test_bad_input_ends_in_one_clear_error(case, tiny_recipe, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "short.txt").write_text(" ".join(f"w{i}" for i in range(40)) * 3)
     (tmp_path / "numbers.jsonl").write_text('{"text": 1}\n')
-    places = {"{numbers}": "numbers.jsonl", "{empty}": "empty", "{absent}": "absent", "{short}": "short.txt"}
+    (tmp_path / "few.txt").write_text("fox\n")
+    tokenizer = small_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "whole")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer).save_pretrained(tmp_path / "plain")
+    places = {"{few}": "few.txt", "{plain}": "plain", "{whole}": "whole"}
+    places |= {"{numbers}": "numbers.jsonl", "{empty}": "empty", "{absent}": "absent", "{short}": "short.txt"}
     changes, words = REFUSED[case]
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump(tiny_recipe().model_dump(mode="json")))
@@ -115,10 +139,24 @@ def test_bad_input_ends_in_one_clear_error(case, tiny_recipe, tmp_path):
     with pytest.raises(SystemExit) as error:
         pretrain.main(["--config", str(file), *arguments])
     message = str(error.value)
-    assert message.startswith("error: ")
+    assert message.startswith("error: ") and len(message.splitlines()) <= 3, message
     for word in words:
         assert word in message, message
     assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_a_recipe_that_cannot_be_read(tiny_recipe, tmp_path, capsys):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(tiny_recipe().model_dump(mode="json")))
+    for arguments, words in (
+        (["--config", "/nope/recipe.yaml"], "error: recipe '/nope/recipe.yaml' does not exist"),
+        (["--config", str(file), "data.sorce=x"], "data.sorce: Extra inputs are not permitted (given 'x')"),
+        (["--config", str(file), "trainer.max_step=3"], "did you mean 'max_steps'"),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            pretrain.main(arguments)
+        error = capsys.readouterr().err
+        assert caught.value.code == 2 and words in error and "Traceback" not in error
 
 
 def test_a_failed_run_leaves_the_last_one_alone(tiny_recipe, tmp_path):

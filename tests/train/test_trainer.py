@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +16,7 @@ from train import pretrain
 from train.accounting import count_parameters, training_flops_per_token
 from train.models import build_config
 from train.recipe import ScheduleSection
-from train.trainer import Clock, NanoDeepSeekTrainer, lr_factor
+from train.trainer import Clock, LineCallback, NanoDeepSeekTrainer, lr_factor
 
 
 def test_schedule():
@@ -39,6 +40,24 @@ def test_clock_ends_the_run_and_survives_a_resume():
     assert control.should_training_stop
     restored = Clock.from_state(clock.state())
     assert restored.spent == clock.spent and restored.max_seconds == 100.0
+
+
+def test_time_left(monkeypatch, capsys):
+    """By steps or by the time limit, whichever ends first, with what evaluation takes beside the training."""
+    assert Clock().seconds_left(10, 2.0) == 20.0
+    assert Clock(max_seconds=100.0, spent=85.0).seconds_left(10, 2.0) == 15.0
+    assert Clock(max_seconds=100.0, spent=70.0).seconds_left(10, 2.0) == 20.0
+    assert Clock(max_seconds=100.0, spent=120.0).seconds_left(10, 2.0) == 0.0
+    now = [1000.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    clock, args = Clock(max_seconds=100.0, spent=30.0), SimpleNamespace(world_size=1)
+    clock.on_train_begin(args, SimpleNamespace(stateful_callbacks={}), None)
+    assert clock.seconds_left(10, 2.0) == 20.0
+    clock.spent, now[0] = 50.0, 1030.0  # 20 s of training in 30 s
+    assert clock.seconds_left(10, 2.0) == 30.0 and clock.seconds_left(100, 2.0) == 75.0
+    state = SimpleNamespace(is_world_process_zero=True, global_step=5, max_steps=90)
+    LineCallback().on_log(args, state, None, logs={"loss": 2.0, "seconds_left": 3725.4})
+    assert capsys.readouterr().out == "step 5/90  loss 2.0000  1:02:05 left\n"
 
 
 def build(recipe) -> NanoDeepSeekTrainer:

@@ -1,0 +1,123 @@
+"""One run in 1, 2 and 4 processes under the launch files: step for step the same losses, gradient norms, counts of
+experts and biases; each half of it resumed under another layout; a killed process.
+
+In every run one process routes all its tokens to one expert: none waits for the others in a place they do not reach.
+"""
+
+import shutil
+
+import pytest
+
+from tests.conftest import EARLIER_TRANSFORMERS
+from tests.distributed.launching import LENGTH, MODEL, ROWS, STEPS, killed, launch, train
+from tests.small_run import text
+from train.recipe import Recipe
+
+TERMS = ("loss", "ce_loss", "mtp_loss_1", "index_loss", "balance_loss")
+needs_groups = pytest.mark.skipif(EARLIER_TRANSFORMERS, reason="its DistributedConfig has no ep_size")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("layouts")
+
+
+@pytest.fixture(scope="module")
+def recipe(folder):
+    """A function that makes the recipe of a run by its name; each writes a checkpoint at half."""
+    (folder / "text.txt").write_text("".join(text(seed) for seed in range(30)))
+
+    def build(name: str, world: int, expert: int = 1, resume: str | None = None, **more) -> Recipe:
+        trainer = {"max_steps": STEPS, "per_device_train_batch_size": ROWS // world, "logging_steps": 1, "seed": 3}
+        trainer |= {"save_strategy": "steps", "save_steps": STEPS // 2, "report_to": [], "disable_tqdm": True}
+        trainer |= {"use_cpu": True, "per_device_eval_batch_size": 3} | more
+        if resume:
+            shutil.copytree(folder / resume / f"checkpoint-{STEPS // 2}", folder / name / f"checkpoint-{STEPS // 2}")
+            trainer["resume_from_checkpoint"] = True
+        values = {
+            "output_dir": str(folder / name),
+            "model": {"config": "small", "overrides": MODEL},
+            "tokenizer": {"vocab_size": 320},
+            "data": {"source": str(folder / "text.txt"), "sequence_length": LENGTH, "validation_share": 0.2},
+            "parallel": {"expert": expert},
+            "threads": 1,
+            "trainer": trainer,
+        }
+        return Recipe.model_validate(values)
+
+    return build
+
+
+@pytest.fixture(scope="module")
+def results(folder, recipe):
+    """A function that makes a run, once, and gives its results by rank."""
+    done = {}
+
+    def run(file: str, world: int = 1, expert: int = 1, resume: str | None = None) -> list[dict]:
+        name = f"{file}-{world}" + (f"-from-{resume}" if resume else "")
+        if name not in done:
+            settings = recipe(name, world, expert, resume)
+            done[name], errors = launch(file, world, folder / "results" / name, train, settings)
+            assert not errors, "\n".join(errors.values())
+        return done[name]
+
+    return run
+
+
+def assert_same(run: list[dict], alone: dict):
+    """All steps that the run made are those of one process, on every rank."""
+    made = len(run[0]["steps"])
+    for rank in run:
+        assert len(rank["steps"]) == made
+        for expected, actual in zip(alone["log"][-made:], rank["log"][-made:], strict=True):
+            assert actual["step"] == expected["step"]
+            for term in TERMS:
+                assert actual[term] == pytest.approx(expected[term], rel=1e-5), (term, actual["step"])
+            assert actual["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4), actual["step"]
+        for (_, tokens, biases), (_, expected_tokens, expected_biases) in zip(
+            rank["steps"], alone["steps"][-made:], strict=True
+        ):
+            assert tokens == expected_tokens and biases == expected_biases
+        assert rank["score"] == pytest.approx(alone["score"], rel=1e-5)
+    # The last has one kind of token: one expert in each layer. Others have more.
+    if len(run) > 1:
+        assert all(max(used) == 1 for used, _, _ in run[-1]["steps"])
+        assert all(min(used) > 1 for used, _, _ in run[0]["steps"])
+
+
+@pytest.mark.parametrize("file, world, expert", [
+    ("ddp", 2, 1), ("fsdp2", 2, 1), pytest.param("fsdp2_ep", 2, 2, marks=needs_groups)
+])  # fmt: skip
+def test_two_processes_are_one(file, world, expert, results):
+    (alone,) = results("single")
+    shared = results(file, world, expert)
+    assert len(alone["steps"]) == len(shared[0]["steps"]) == STEPS
+    assert_same(shared, alone)
+    share = max(rank["held"] for rank in shared) / alone["held"]
+    assert share == 1 if file == "ddp" else share < 0.6
+
+
+@pytest.mark.parametrize("source, file, world, expert", [
+    (("single", 1, 1), "fsdp2", 4, 1),
+    (("fsdp2", 2, 1), "single", 1, 1),
+    pytest.param(("fsdp2", 2, 1), "fsdp2_ep", 4, 2, marks=needs_groups),
+    pytest.param(("fsdp2_ep", 2, 2), "ddp", 4, 1, marks=needs_groups),
+])  # fmt: skip
+def test_a_checkpoint_of_one_layout_goes_on_in_another(source, file, world, expert, results):
+    """In four processes too; optimizer states and schedule as they were, or the losses would part."""
+    (alone,) = results("single")
+    results(*source)
+    shared = results(file, world, expert, resume=f"{source[0]}-{source[1]}")
+    assert len(shared[0]["steps"]) == STEPS // 2  # those before are not made again
+    assert_same(shared, alone)
+
+
+def test_a_killed_process_stops_the_others(folder, recipe, results):
+    """With a message, and at once; from the checkpoint before, the run ends as it would have."""
+    (alone,) = results("single")
+    _, errors = launch("ddp", 2, folder / "results" / "killed", killed, recipe("killed", 2), 3)
+    assert set(errors) == {0} and errors[0].startswith("error: process 0 stops, because another has ended")
+    stopped, died = (folder / "results" / "killed" / "0.error", folder / "killed" / "killed")
+    assert stopped.stat().st_mtime - died.stat().st_mtime < 20
+    assert f"trainer.resume_from_checkpoint=true goes on from '{folder / 'killed' / 'checkpoint-2'}'" in errors[0]
+    assert_same(results("fsdp2", 2, resume="killed"), alone)

@@ -1,0 +1,29 @@
+"""What of `parallel.expert` cannot be is one error before anything is shared."""
+
+import pytest
+
+from tests.conftest import EARLIER_TRANSFORMERS, tiny_model
+from train.parallel import share_experts
+from train.recipe import ParallelSection
+
+
+@pytest.mark.skipif(EARLIER_TRANSFORMERS, reason="its DistributedConfig has no ep_size")
+@pytest.mark.parametrize("size, variables, message", [
+    (3, {"WORLD_SIZE": "4"}, "parallel.expert=3 does not divide the 4 processes"),
+    (2, {}, "parallel.expert=2 does not divide the 1 processes"),
+    (16, {"WORLD_SIZE": "16"}, "parallel.expert=16 does not divide the model's 8 experts"),
+    (2, {"WORLD_SIZE": "4", "ACCELERATE_USE_FSDP": "true"}, "use a launch file without FSDP"),
+    (2, {"WORLD_SIZE": "4", "ACCELERATE_USE_DEEPSPEED": "true"}, "use a launch file without DEEPSPEED"),
+])  # fmt: skip
+def test_impossible_expert_parallelism(size, variables, message, monkeypatch):
+    for name in ("WORLD_SIZE", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=message):
+        share_experts(tiny_model(), ParallelSection(expert=size))
+
+
+def test_one_process_shares_nothing():
+    model = tiny_model()
+    assert share_experts(model, ParallelSection()) is model

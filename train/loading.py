@@ -1,0 +1,98 @@
+"""Any checkpoint to be used as it is: ours or transformers' own, by folder or by its name on the Hub.
+
+What is wrong with it is one ValueError that names it; a folder's own code is never run.
+"""
+
+import difflib
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from modeling_nanodeepseek import NanoDeepSeekConfig  # importing the package registers the model with the Auto classes
+
+from .adapters import refuse_adapter
+
+DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
+IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")  # from_pretrained's, beside the config's fields
+
+
+def place(device: str | None) -> torch.device:
+    """The device of that name; by default a GPU if there is one. Raises: ValueError if it cannot be used."""
+    try:
+        return torch.zeros(1, device=device or ("cuda" if torch.cuda.is_available() else "cpu")).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
+
+
+def load_config(model: str, **overrides: Any) -> PreTrainedConfig:
+    """The config of a checkpoint, checked to be one; `overrides` are fields that it has, with other values."""
+    folder = Path(model).expanduser()
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        refuse_adapter(model, "used by itself")
+        raise ValueError(f"{model!r} holds no config.json: it is no checkpoint")
+    if not folder.is_dir() and (folder.exists() or model.startswith(("/", ".", "~"))):
+        raise ValueError(f"{model!r} is not a folder")
+    try:
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+    except OSError as error:
+        if folder.is_dir():
+            raise
+        raise ValueError(f"{model!r} is not a folder, and not to be had from the Hub: {first_line(error)}") from error
+    for field in overrides:
+        if field not in IMPLEMENTATIONS and not hasattr(config, field):
+            close = difflib.get_close_matches(field, [*IMPLEMENTATIONS, *config.to_dict()], n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"{field!r} is no field of the config of {model!r}{hint}")
+        if field not in IMPLEMENTATIONS:
+            setattr(config, field, overrides[field])
+    try:
+        config.validate()
+    except StrictDataclassError as error:
+        raise ValueError(f"config of {model!r}: {' '.join(str(error).split())}") from error
+    return config
+
+
+def load_model(
+    model: str, device: str | None = None, dtype: str = "auto", adapters: bool = False, **overrides: Any
+) -> PreTrainedModel:
+    """The model of a checkpoint, ready for inference; with `adapters` also of an adapter's folder, on its base.
+
+    Raises: ValueError or OSError, naming it, if it has none.
+    """
+    if not (adapters and (Path(model).expanduser() / "adapter_config.json").is_file()):
+        load_config(model, **overrides)
+    where = place(device)
+    loaded = AutoModelForCausalLM.from_pretrained(
+        model, dtype=DTYPES.get(dtype, dtype), trust_remote_code=False, **overrides
+    )
+    return loaded.to(where).eval()
+
+
+def load_tokenizer(model: str, **settings: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a checkpoint. Raises: ValueError if there is none that can be read."""
+    try:
+        return AutoTokenizer.from_pretrained(model, trust_remote_code=False, **settings)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{model!r} has no tokenizer that can be read: {first_line(error)}") from error
+
+
+def position_limit(config: PreTrainedConfig) -> float:
+    """How many tokens a model of this config can attend to."""
+    if isinstance(config, NanoDeepSeekConfig):
+        return config.position_limit
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(" .:")

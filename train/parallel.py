@@ -1,0 +1,56 @@
+"""How several processes share a model, beyond what the launch file's own engine does."""
+
+import os
+
+from accelerate import PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from transformers import Trainer
+from transformers.distributed import DistributedConfig
+
+from modeling_nanodeepseek import NanoDeepSeekForCausalLM
+
+from .recipe import ParallelSection
+
+
+def shard_on_cpu(trainer: Trainer):
+    """Turns on the FSDP that the launch file asks for where accelerate leaves it off without a word: on CPUs, which
+    torch's FSDP2 serves as well."""
+    state = trainer.accelerator.state
+    wanted = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if not wanted or state.distributed_type != DistributedType.MULTI_CPU:
+        return
+    plugin = FullyShardedDataParallelPlugin()  # reads the launch file's settings
+    if plugin.fsdp_version != 2:
+        raise ValueError(f"fsdp_version: {plugin.fsdp_version} in the launch file: on CPUs only 2 is possible")
+    if state.mixed_precision != "no":
+        plugin.set_mixed_precision(state.mixed_precision)
+    state.fsdp_plugin = plugin
+    # As accelerate itself ends: the one is a copy of the other, made anew by whoever asks.
+    state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
+    trainer.is_fsdp_enabled = True
+
+
+def share_experts(model: NanoDeepSeekForCausalLM, section: ParallelSection) -> NanoDeepSeekForCausalLM:
+    """The model spread over all processes by transformers: experts over groups of `section.expert` processes, which
+    send each other tokens; all else, and what of the experts several groups hold alike, by FSDP2.
+
+    Every process must call, with the same weights. Raises: ValueError where this cannot be.
+    """
+    world, size, experts = int(os.environ.get("WORLD_SIZE", "1")), section.expert, model.config.n_routed_experts
+    if size == 1:
+        return model
+    if not hasattr(DistributedConfig(), "ep_size"):
+        raise ValueError("parallel.expert needs a transformers whose DistributedConfig has ep_size (5.23 has)")
+    if world % size:
+        raise ValueError(f"parallel.expert={size} does not divide the {world} processes (accelerate's num_processes)")
+    if not experts or experts % size:
+        raise ValueError(f"parallel.expert={size} does not divide the model's {experts} experts")
+    for engine in ("FSDP", "DEEPSPEED"):
+        if os.environ.get(f"ACCELERATE_USE_{engine}", "false").lower() == "true":
+            raise ValueError(
+                f"parallel.expert={size} shares the model by itself: use a launch file without {engine}, such as "
+                "configuration/accelerate/fsdp2_ep.yaml"
+            )
+    settings = DistributedConfig(fsdp_size=world, ep_size=size)
+    settings, _, mesh = type(model).prepare_distribute_model(settings)
+    return type(model).maybe_distribute_model(model, settings, mesh)
