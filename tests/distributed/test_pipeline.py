@@ -13,8 +13,6 @@ SPARSE = {"index_topk": 5, "index_n_heads": 6, "index_head_dim": 8}
 CASES = {
     "mtp": MTP,
     "sparse": MTP | SPARSE | {"dsa_stage": "sparse", "sparse_form": "gathered"},
-    "warmup": MTP | SPARSE | {"dsa_stage": "warmup"},
-    "tied": {"num_hidden_layers": 4, "tie_word_embeddings": True},
 }
 ROWS, LENGTH, MICROBATCHES = 2, 23, 4
 
@@ -60,7 +58,7 @@ def work(rank: int, world: int) -> list[dict]:
                 for gate, load in zip(routers(model), loads)
                 if load is not None and not gate.weight.is_meta
             ]
-            result["loads"] = all(of_experts)
+            result["loads"] = of_experts
             pipeline.update_expert_bias(0.0, False)
             pipeline.restore()
             after = model.state_dict()
@@ -76,4 +74,4 @@ def test_every_schedule_is_one_process(tmp_path):
             assert result["loss"] == pytest.approx(result["expected"], rel=1e-6), result
             assert result["same_parts"] and result["worst"] < 1e-5, result
             assert result["norms"][1] == pytest.approx(result["norms"][0], rel=1e-5), result
-            assert result["loads"] and result["whole"], result
+            assert len(result["loads"]) >= 1 and all(result["loads"]) and result["whole"], result
