@@ -1,14 +1,14 @@
 """What each pipeline schedule idles, measured and by formula, and a picture of who did what when.
 
-    python -m benchmarks.pipeline [--ranks 4] [--microbatches 8] [--unit 0.03]
+    python -m benchmarks.pipeline [--ranks 4] [--microbatches 8] [--unit 0.1]
 
 Stages of known durations (they sleep, so that processes do not compete for cores), run by torch's schedules in gloo
 processes on this machine: forward, gradient of the input and of the weight take one `unit` each; where a schedule puts
-two stages on a process each takes half, so that the whole model is the same. The first stage has no input to give a
-gradient to: its backward happens, as torch runs it, where the schedule has W.
+two stages on a process each takes half, so that the whole model is the same. The first stage's input is a parameter, as
+an embedding is: torch runs its whole backward where the schedule has W.
 
-Bubble is the time in which a process does nothing between the first and the last action of all, in units; the mean over
-processes. Writes benchmarks/results/DATE-cpu-pipeline.json and .png; the last line is one JSON object.
+Bubble is the time in which a process does nothing between its own first and last action, in units: of the process
+that takes longest (arXiv:2401.10241 section 4). Writes benchmarks/results/DATE-cpu-pipeline.json and .png; the last line is one JSON object.
 """
 
 import argparse
@@ -35,6 +35,7 @@ from benchmarks.collect import processor
 from train.pipelining import SCHEDULES, bubble, stages_of
 from train.recipe import REPOSITORY
 
+REPEATS = 3  # steps, of which the fastest is taken: others use the machine too
 COLOURS = {"F": "tab:blue", "I": "tab:orange", "W": "tab:green", "B": "tab:red"}
 NAMES = {"F": "forward", "I": "gradient of the input", "W": "gradient of the weight", "B": "whole backward"}
 
@@ -57,13 +58,14 @@ class Pause(torch.autograd.Function):
 class TimedStage(nn.Module):
     """x * w; F in the forward, and in the backward I on the way to x and W on the way to w."""
 
-    def __init__(self, seconds: float, last: bool):
+    def __init__(self, seconds: float, first: bool, last: bool):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(4))
+        self.embedding = nn.Parameter(torch.ones(4)) if first else 0.0
         self.seconds, self.last = seconds, last
 
     def forward(self, x):
-        x = Pause.apply(x, self.seconds, self.seconds)
+        x = Pause.apply(x + self.embedding, self.seconds, self.seconds)
         y = x * Pause.apply(self.weight, 0.0, self.seconds)
         return y.sum() if self.last else y
 
@@ -80,24 +82,25 @@ def record(stage: PipelineStage, events: list):
 
         return run
 
+    weight = "B" if stage.is_first else "W"
     stage.forward_one_chunk = timed(stage.forward_one_chunk, lambda _: "F")
     stage.backward_one_chunk = timed(
         stage.backward_one_chunk, lambda given: "B" if given.get("full_backward", True) else "I"
     )
-    stage.backward_weight_one_chunk = timed(stage.backward_weight_one_chunk, lambda _: "W")
+    stage.backward_weight_one_chunk = timed(stage.backward_weight_one_chunk, lambda _: weight)
 
 
 def work(rank: int, ranks: int, store: str, microbatches: int, unit: float, results):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
     for name, kind in SCHEDULES.items():
-        stages, events = ranks * kind.stages_per_rank, []
+        stages, events, steps = ranks * kind.stages_per_rank, [], []
         x, y = torch.ones(1, 4), torch.ones(1, 4, requires_grad=True)
         mine = []
         for i in stages_of(rank, ranks, name):
             last = i == stages - 1
             example = {"input_args": (x,) if i == 0 else (y,), "output_args": (y.sum() if last else y,)}
-            module = TimedStage(unit / kind.stages_per_rank, last)
+            module = TimedStage(unit / kind.stages_per_rank, i == 0, last)
             mine.append(PipelineStage(module, i, stages, torch.device("cpu"), **example))
         settings = {"loss_fn": lambda loss, target: loss, "scale_grads": False}
         given = mine[0] if name == "1f1b" else mine
@@ -107,9 +110,12 @@ def work(rank: int, ranks: int, store: str, microbatches: int, unit: float, resu
         step()  # connections are made
         for stage in mine:
             record(stage, events)
-        dist.barrier()
-        step()
-        results[name, rank] = events
+        for _ in range(REPEATS):
+            dist.barrier()
+            step()
+            steps.append(list(events))
+            events.clear()
+        results[name, rank] = steps
     dist.destroy_process_group()
 
 
@@ -118,9 +124,12 @@ def measure(ranks: int, microbatches: int, unit: float) -> dict[str, list[list[t
     with tempfile.TemporaryDirectory() as folder, mp.Manager() as manager:
         results = manager.dict()
         mp.spawn(work, (ranks, f"{folder}/store", microbatches, unit, results), nprocs=ranks)
-        runs = {name: [results[name, rank] for rank in range(ranks)] for name in SCHEDULES}
+        runs = {}
+        for name in SCHEDULES:
+            steps = zip(*(results[name, rank] for rank in range(ranks)))
+            runs[name] = min(steps, key=lambda processes: span(processes)[1] - span(processes)[0])
     for name, processes in runs.items():
-        begin = min(event[3] for events in processes for event in events)
+        begin = span(processes)[0]
         runs[name] = [
             [(kind, stage, index, (start - begin) / unit, (end - begin) / unit) for kind, stage, index, start, end in e]
             for e in processes
@@ -128,10 +137,16 @@ def measure(ranks: int, microbatches: int, unit: float) -> dict[str, list[list[t
     return runs
 
 
+def span(processes: list[list[tuple]]) -> tuple[float, float]:
+    """When the first action of all began, and when the last one ended."""
+    events = [event for events in processes for event in events]
+    return min(event[3] for event in events), max(event[4] for event in events)
+
+
 def idle(processes: list[list[tuple]]) -> list[float]:
-    """Of each process the time of the span in which it did nothing."""
-    end = max(event[4] for events in processes for event in events)
-    return [end - sum(stop - start for *_, start, stop in events) for events in processes]
+    """Of each process the time between its first and last action in which it did nothing."""
+    spans = [max(event[4] for event in events) - min(event[3] for event in events) for events in processes]
+    return [span - sum(stop - start for *_, start, stop in events) for span, events in zip(spans, processes)]
 
 
 def formula(name: str, ranks: int) -> float:
@@ -170,15 +185,15 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--microbatches", type=int, default=8)
-    parser.add_argument("--unit", type=float, default=0.03, help="seconds")
+    parser.add_argument("--unit", type=float, default=0.1, help="seconds")
     parser.add_argument("--results", type=Path, default=REPOSITORY / "benchmarks" / "results")
     args = parser.parse_args()
     runs = measure(args.ranks, args.microbatches, args.unit)
     rows = []
     for name, processes in runs.items():
         times = idle(processes)
-        row = {"schedule": name, "measured": sum(times) / len(times), "formula": formula(name, args.ranks)}
-        rows.append(row | {"span": max(e[4] for events in processes for e in events), "of_each_process": times})
+        row = {"schedule": name, "measured": max(times), "formula": formula(name, args.ranks)}
+        rows.append(row | {"span": span(processes)[1], "of_each_process": times})
     print(f"{'schedule':12}{'idle, measured':>16}{'by formula':>12}{'span':>8}   (units of {args.unit} s)")
     for row in rows:
         print(f"{row['schedule']:12}{row['measured']:16.2f}{row['formula']:12.2f}{row['span']:8.2f}")

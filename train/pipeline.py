@@ -1,14 +1,17 @@
-"""Pretraining with the layers spread over processes, by torch's pipeline schedules:
+r"""Pretraining with the layers spread over processes, by torch's pipeline schedules:
 
     torchrun --nproc_per_node 2 -m train.pipeline --config configuration/recipes/quickstart.yaml \
-        pipeline.schedule=dualpipev trainer.per_device_train_batch_size=2 trainer.gradient_accumulation_steps=4
+        pipeline.schedule=dualpipev trainer.per_device_train_batch_size=6 trainer.gradient_accumulation_steps=4 \
+        trainer.eval_strategy=no
 
 The recipe is that of `train.pretrain`, and so are the batches, the losses and what is saved: a step has
 `gradient_accumulation_steps` micro-batches of `per_device_train_batch_size` rows, on however many processes. Each
 process keeps gradients and optimizer state of its own layers alone (`pipelining.py`).
 """
 
+import json
 import math
+import os
 
 import torch
 import torch.distributed as dist
@@ -17,33 +20,59 @@ from transformers import TrainingArguments
 
 from modeling_nanodeepseek.saving import replacing
 
-from .faults import NonFiniteError, non_finite_gradients
+from .faults import NonFiniteError
+from .fp8 import trains_in_fp8
 from .optimizers import build_optimizer
 from .pipelining import Pipeline
 from .pretrain import build_trainer, launch, run, training_arguments
 from .recipe import PipelineSection, Recipe, recipe_from_command_line
 from .trainer import NanoDeepSeekTrainer
 
-# What would be lost without a word, and what to do instead.
-REFUSED = {
-    "resume_from_checkpoint": "start anew from the saved weights by model.checkpoint",
-    "gradient_checkpointing": "more stages or smaller micro-batches save memory",
-    "load_best_model_at_end": "the last model is saved",
+# Trainer's settings that a pipeline does not honour otherwise, and what to do instead.
+HONOURED = {
+    "eval_strategy": (("no",), "the model is evaluated at the end"),
+    "save_strategy": (("no", "steps"), "these replace the model in the output folder"),
+    "logging_strategy": (("steps",), "a log is of steps"),
+    "resume_from_checkpoint": ((None, False), "start anew from the saved weights by model.checkpoint"),
+    "gradient_checkpointing": ((False,), "more stages or smaller micro-batches save memory"),
+    "load_best_model_at_end": ((False,), "the last model is saved"),
+    "torch_compile": ((False,), "stages run as they are"),
 }
+
+
+def check(recipe: Recipe, args: TrainingArguments):
+    """Raises ValueError for settings that a pipeline would not honour."""
+    for field, (allowed, reason) in HONOURED.items():
+        value = getattr(args, field)
+        if value not in allowed:
+            shown = " or ".join(json.dumps(choice) for choice in allowed if choice is not None)
+            value = json.dumps(getattr(value, "value", value))
+            raise ValueError(f"trainer.{field}={value} is not possible in a pipeline, only {shown}: {reason}")
+    if recipe.data.streaming or recipe.schedule.batch_ramp is not None:
+        field = "data.streaming" if recipe.data.streaming else "schedule.batch_ramp"
+        raise ValueError(
+            f"{field} is not possible in a pipeline, whose steps have one size and known rows: leave it out"
+        )
+    if recipe.parallel.expert > 1:
+        raise ValueError(f"parallel.expert={recipe.parallel.expert} is not possible in a pipeline: leave it out")
+    if trains_in_fp8(recipe.precision):
+        raise ValueError("precision='fp8' is not possible in a pipeline: use bf16, fp32 or auto")
+    sharded = [name for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED") if os.environ.get(name) == "true"]
+    if sharded:
+        raise ValueError(f"a pipeline is combined with no sharding ({sharded[0]}=true): start it by torchrun")
+    if not dist.is_initialized() or dist.get_world_size() < 2:
+        raise ValueError("a pipeline runs in several processes: torchrun --nproc_per_node 2 -m train.pipeline ...")
 
 
 class PipelineTrainer(NanoDeepSeekTrainer):
     """The Trainer of a recipe whose steps run in a pipeline. While it trains, each process has its own layers alone;
     before and after it has the whole model, which is evaluated and saved as ever.
 
-    Raises: ValueError for settings that a pipeline would not honour.
+    Raises: ValueError for data of less than one step.
     """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        for field, instead in REFUSED.items():
-            if getattr(self.args, field):
-                raise ValueError(f"trainer.{field} is not possible in a pipeline: {instead}")
         self.remove_callback(self.balancing)  # it would add up the loads of different layers
         self.section = self.recipe.pipeline or PipelineSection()
         self.rows = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
@@ -66,29 +95,29 @@ class PipelineTrainer(NanoDeepSeekTrainer):
         per_epoch = len(self.train_dataset) // self.rows
         steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
         scheduler = self.create_scheduler(steps, self.optimizer)
-        state.max_steps, state.logging_steps = steps, args.logging_steps
+        state.max_steps = steps
+        state.compute_steps(args, steps)
         state.is_world_process_zero, state.is_local_process_zero = self.is_world_process_zero(), args.process_index == 0
         handler.on_train_begin(args, state, self.control)
-        reports = []
         for step, batch in zip(range(1, steps + 1), self.batches(per_epoch)):
             handler.on_step_begin(args, state, self.control)
-            reports.append(pipeline.from_last(pipeline.step(batch)))
-            norm = self.clip(pipeline, reports[-1]["loss"].item(), step)
+            report = pipeline.from_last(pipeline.step(batch))
+            self.note(report)
+            norm = self.clip(pipeline, report["loss"].item(), step)
             self.optimizer.step()
             rate = scheduler.get_last_lr()[0]
             scheduler.step()
             self.optimizer.zero_grad()
-            balance, done = self.recipe.balance, self.progress(step / steps)
+            balance, done = self.recipe.balance, self.progress((step - 1) / steps)
             gamma = balance.gamma if done < balance.freeze_at else 0.0
             load = pipeline.update_expert_bias(gamma, balance.centre)
             state.global_step, state.epoch = step, step / per_epoch
             handler.on_step_end(args, state, self.control)
             last = step == steps or self.control.should_training_stop
-            if step % args.logging_steps == 0 or last:
+            if step % state.logging_steps == 0 or last or (step == 1 and args.logging_first_step):
                 self.balancing.load = pipeline.all_loads(load)
-                self.log_reports(reports, norm, rate)
-                reports = []
-            if args.save_strategy == "steps" and step % args.save_steps == 0 and not last:
+                self.log({"loss": self.mean_loss(), "grad_norm": norm, "learning_rate": rate})
+            if args.save_strategy == "steps" and step % state.save_steps == 0 and not last:
                 self.save_whole(pipeline)
             if last:
                 break
@@ -115,25 +144,27 @@ class PipelineTrainer(NanoDeepSeekTrainer):
         number: before what is not finite reaches a weight."""
         norm = pipeline.clip_gradients(self.args.max_grad_norm or None)
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            names = dict.fromkeys(non_finite_gradients(pipeline.part))
+            names = [n for n, p in pipeline.parameters() if p.grad is not None and not p.grad.isfinite().all()]
             found: list = [None] * dist.get_world_size()
-            dist.all_gather_object(found, [name for name, _ in pipeline.parameters() if names] and list(names))
+            dist.all_gather_object(found, names)
             where = [f"process {rank}: {', '.join(names[:3])}" for rank, names in enumerate(found) if names]
-            raise NonFiniteError(f"step {step}: the loss is {loss}, the gradients' norm {norm}. {'; '.join(where)}")
+            raise NonFiniteError(
+                f"step {step}: the loss is {loss:.4f}, the gradients' norm {norm:.4f}. Not finite are the gradients of "
+                f"{'; '.join(where) or 'nothing'}"
+            )
         return norm
 
-    def log_reports(self, reports: list[dict[str, torch.Tensor]], norm: float, rate: float):
-        """Logs the means of the last stage's reports."""
-        means = {name: torch.stack([report[name].double() for report in reports]).mean(0) for name in reports[0]}
-        logs = {name: value.tolist() for name, value in means.items()} | {"grad_norm": norm, "learning_rate": rate}
-        self._name_by_depth(logs)
-        if self.balancing.load is not None:
-            logs |= self.balancing.load.metrics()
-        if "index_loss" in logs:
-            logs["index_kl"] = logs["index_loss"] / self.model.config.num_hidden_layers
-        tokens = self.state.global_step * self.rows * self.recipe.data.sequence_length
-        logs["tokens_per_second"] = tokens / max(self.clock.spent, 1e-9)
-        self.log(logs)
+    def note(self, report: dict[str, torch.Tensor]):
+        """Keeps a step's loss terms for the log, which adds up what the processes have."""
+        self._since = self.clock.spent if self._since is None else self._since
+        self._tokens += self.rows * self.recipe.data.sequence_length
+        self._steps += 1
+        for term, value in report.items():
+            self._terms.setdefault(term, []).append(value.to(self.args.device) / self.args.world_size)
+
+    def mean_loss(self) -> float:
+        """Of the steps since the last log."""
+        return torch.stack(self._terms.pop("loss")).mean().item() * self.args.world_size
 
     def save_whole(self, pipeline: Pipeline):
         """Replaces the model in the output folder, all or nothing."""
@@ -148,8 +179,7 @@ class PipelineTrainer(NanoDeepSeekTrainer):
 def build(recipe: Recipe) -> PipelineTrainer:
     args: TrainingArguments = training_arguments(recipe)
     _ = args.device  # asking for it joins the processes
-    if not dist.is_initialized():
-        raise ValueError("a pipeline runs in several processes: torchrun --nproc_per_node 2 -m train.pipeline ...")
+    check(recipe, args)
     return build_trainer(recipe, args, PipelineTrainer)
 
 

@@ -19,7 +19,7 @@ from torch.distributed.pipelining.schedules import (
 )
 
 from modeling_nanodeepseek import NanoDeepSeekForCausalLM, update_expert_bias
-from modeling_nanodeepseek.balancing import ExpertLoad
+from modeling_nanodeepseek.balancing import ExpertLoad, routers
 from modeling_nanodeepseek.indexer import IndexerObjective
 from modeling_nanodeepseek.losses import linear_cross_entropy
 from modeling_nanodeepseek.masks import masks, real_token_mask
@@ -357,11 +357,13 @@ class Pipeline:
         return update_expert_bias(self.part, gamma, centre, group=self.alone)
 
     def all_loads(self, load: ExpertLoad | None) -> ExpertLoad | None:
-        """The loads of all processes' layers, in the order of the layers within each process."""
+        """The loads of all processes' layers, in the order of the layers in the model."""
+        places = {id(gate): i for i, gate in enumerate(routers(self.model))}
+        mine = [places[id(gate)] for gate in routers(self.part)]
         parts: list = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, None if load is None else (load.tokens.cpu(), load.bias.cpu()))
-        parts = [part for part in parts if part is not None]
-        return ExpertLoad(*(torch.cat(tensors) for tensors in zip(*parts))) if parts else None
+        dist.all_gather_object(parts, None if load is None else list(zip(mine, load.tokens.cpu(), load.bias.cpu())))
+        layers = sorted((row for part in parts if part is not None for row in part), key=lambda row: row[0])
+        return ExpertLoad(*(torch.stack(column) for column in list(zip(*layers))[1:])) if layers else None
 
     def from_last(self, report: dict) -> dict:
         """What the process of the last stage has, on every process."""

@@ -277,6 +277,11 @@ def run(recipe: Recipe, build: Callable | None = None, after: Callable | None = 
         build: makes the trainer of a recipe; default `build_trainer`.
         after: what the main process does with recipe and trainer when all is saved; default `speak`.
     """
+    if recipe.pipeline is not None and build is None:
+        raise ValueError(
+            "the recipe's section pipeline is for torchrun --nproc_per_node 2 -m train.pipeline, and train.pretrain does "
+            "not spread layers: leave it out"
+        )
     begin = time.perf_counter()
     use_threads(recipe.threads)
     trainer = build(recipe) if build else build_trainer(recipe, training_arguments(recipe))

@@ -370,6 +370,8 @@ class FinetuneRecipe(Recipe):
     def is_not_spread(self):
         if self.parallel.expert > 1:
             raise ValueError(f"parallel.expert={self.parallel.expert} is for pretraining only")
+        if self.pipeline is not None:
+            raise ValueError("the section pipeline is for pretraining only (train.pipeline)")
         return self
 
     @model_validator(mode="after")
