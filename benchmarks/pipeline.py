@@ -8,7 +8,8 @@ two stages on a process each takes half, so that the whole model is the same. Th
 an embedding is: torch runs its whole backward where the schedule has W.
 
 Bubble is the time in which a process does nothing between its own first and last action, in units: of the process
-that takes longest (arXiv:2401.10241 section 4). Writes benchmarks/results/DATE-cpu-pipeline.json and .png; the last line is one JSON object.
+that takes longest (arXiv:2401.10241 section 4).
+Writes benchmarks/results/DATE-cpu-pipeline.json and .png; the last line is one JSON object.
 """
 
 import argparse
@@ -77,7 +78,8 @@ def record(stage: PipelineStage, events: list):
         def run(index, *args, **kwargs):
             start = time.perf_counter()
             result = method(index, *args, **kwargs)
-            events.append((kind(kwargs), stage.stage_index, index, start, time.perf_counter()))
+            if not (stage.is_first and kind(kwargs) == "I"):  # which is nothing
+                events.append((kind(kwargs), stage.stage_index, index, start, time.perf_counter()))
             return result
 
         return run

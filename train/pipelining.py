@@ -49,7 +49,7 @@ SCHEDULES = {
 
 
 def bubble(schedule: str, stages: int, forward: float, backward: float, weight: float, pair: float) -> float:
-    """The time that each process idles in a step, whatever the number of micro-batches.
+    """The time that the process that takes longest idles in a step, whatever the number of micro-batches.
 
     1f1b (PP-1)(F+B); zb1p (PP-1)(F+B-2W); dualpipev (PP/2-1)(F&B+B-3W) (V3 report table 2, whose DualPipe has the same
     bubble on PP processes); zbv 0, for F = B-W = W (arXiv:2401.10241 section 6).

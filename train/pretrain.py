@@ -279,7 +279,7 @@ def run(recipe: Recipe, build: Callable | None = None, after: Callable | None = 
     """
     if recipe.pipeline is not None and build is None:
         raise ValueError(
-            "the recipe's section pipeline is for torchrun --nproc_per_node 2 -m train.pipeline, and train.pretrain does "
+            "the recipe's section pipeline is for torchrun --nproc_per_node 2 -m train.pipeline; train.pretrain does "
             "not spread layers: leave it out"
         )
     begin = time.perf_counter()

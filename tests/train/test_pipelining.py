@@ -2,6 +2,7 @@
 
 import pytest
 
+from train import pipeline, pretrain
 from train.pipelining import bubble, check_microbatches, split_layers, stages_of
 
 
@@ -38,3 +39,26 @@ def test_refused():
         check_microbatches("dualpipev", 3, stages=4, ranks=2)
     with pytest.raises(ValueError, match="multiple of the 2 processes"):
         check_microbatches("zb1p", 5, stages=2, ranks=2)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"trainer": {"eval_strategy": "steps"}}, 'trainer.eval_strategy="steps" is not possible.*only "no"'),
+        ({"trainer": {"save_strategy": "epoch"}}, 'trainer.save_strategy="epoch" is not possible.*"no" or "steps"'),
+        ({"trainer": {"resume_from_checkpoint": True}}, "trainer.resume_from_checkpoint=true is not possible"),
+        ({"data": {"streaming": True, "validation_documents": 2}}, "data.streaming is not possible"),
+        ({"parallel": {"expert": 2}}, "parallel.expert=2 is not possible"),
+        ({"precision": "fp8"}, "precision='fp8' is not possible"),
+        ({}, "several processes: torchrun"),
+    ],
+)
+def test_what_a_pipeline_does_not_honour(changes, message, tiny_recipe):
+    recipe = tiny_recipe(**changes)
+    with pytest.raises(ValueError, match=message):
+        pipeline.check(recipe, pretrain.training_arguments(recipe))
+
+
+def test_pretraining_does_not_spread_layers(tiny_recipe):
+    with pytest.raises(ValueError, match="section pipeline is for torchrun.*leave it out"):
+        pretrain.run(tiny_recipe(pipeline={"schedule": "zbv"}))
