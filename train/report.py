@@ -247,7 +247,7 @@ def at_the_end(run: Run) -> Figure | None:
     layers = run.load[0]["layers"]
     last = run.load[-max(1, len(run.load) // 10) :]
     load = shares(np.mean([entry["tokens"] for entry in last], axis=0))
-    bias = np.array(run.load[-1]["bias"])
+    bias = np.array(run.load[-1]["bias"], dtype=float)
     bias -= bias.mean(-1, keepdims=True)  # the common part changes no choice
     widest = float(np.abs(bias).max()) or 1.0
     figure, axes = plt.subplots(
