@@ -56,7 +56,12 @@ def routers(model: nn.Module) -> list[TopkRouter]:
 
 
 @torch.no_grad()
-def update_expert_bias(model: nn.Module, gamma: float = 1e-3, centre: bool = False) -> ExpertLoad | None:
+def update_expert_bias(
+    model: nn.Module,
+    gamma: float = 1e-3,
+    centre: bool = False,
+    group: torch.distributed.ProcessGroup | None = None,
+) -> ExpertLoad | None:
     r"""b_i <- b_i + gamma * sign(mean(c) - c_i), c_i the tokens expert i got since the last call; then forgets c.
 
     Call it once per optimizer step, after the step, on every rank: counts are summed over all ranks of the default
@@ -67,6 +72,7 @@ def update_expert_bias(model: nn.Module, gamma: float = 1e-3, centre: bool = Fal
         model: a NanoDeepSeek model, bare or wrapped (DDP, PEFT).
         gamma: size of the step; 0 freezes the biases and still reports the load. V3: 0.001, then 0 for the last 3 %.
         centre: subtract the mean of the biases afterwards (their common part changes no choice; not in the paper).
+        group: the processes that hold these layers, instead of all; those of a pipeline's stages hold others.
 
     Returns: the load of this step, or None for a model without routed experts or without a counted forward.
     """
@@ -78,7 +84,7 @@ def update_expert_bias(model: nn.Module, gamma: float = 1e-3, centre: bool = Fal
     none = torch.zeros(experts, dtype=torch.long, device=device)
     tokens = torch.stack([none if g.tokens_per_expert is None else g.tokens_per_expert.to(device) for g in gates])
     if distributed:
-        torch.distributed.all_reduce(tokens)
+        torch.distributed.all_reduce(tokens, group=group)
         if not tokens.any():
             return None
     load = tokens.double()

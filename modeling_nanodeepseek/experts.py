@@ -15,7 +15,7 @@ from transformers.integrations import use_experts_implementation
 from transformers.integrations.moe import ExpertsInterface
 
 from .configuration_nanodeepseek import NanoDeepSeekConfig
-from .layers import compute_dtype, once_differentiable
+from .layers import asked_gradients, compute_dtype, once_differentiable
 from .stacking import stack_expert_keys
 
 DEFAULT_EXPERTS = "sorted_mm"
@@ -73,7 +73,7 @@ class _SortedExperts(torch.autograd.Function):
     def backward(ctx, grad_Td):
         hidden_Td, weights_TK, up_Exd, down_Edm, tokens, slots, *pre_activations = ctx.saved_tensors
         weights = weights_TK.flatten().index_select(0, slots).to(hidden_Td.dtype)
-        need_up, need_down = ctx.needs_input_grad[2:4]
+        need_hidden, _, need_up, need_down = asked_gradients(ctx)[:4]
         grad_hidden_Td = torch.zeros_like(hidden_Td, dtype=torch.promote_types(hidden_Td.dtype, torch.float32))
         grad_weights = torch.zeros_like(weights)
         # Every expert with tokens writes its part; the others' must be zero.
@@ -92,7 +92,8 @@ class _SortedExperts(torch.autograd.Function):
             (dh,) = torch.autograd.grad(a, leaf, da.mul_(w[:, None]))
             if need_up:
                 torch.mm(dh.T, hidden_Td.index_select(0, rows), out=grad_up_Exd[e])
-            grad_hidden_Td.index_add_(0, rows, (dh @ up_Exd[e]).to(grad_hidden_Td.dtype))
+            if need_hidden:
+                grad_hidden_Td.index_add_(0, rows, (dh @ up_Exd[e]).to(grad_hidden_Td.dtype))
         grad_weights_TK = torch.zeros_like(weights_TK)
         grad_weights_TK.view(-1).index_copy_(0, slots, grad_weights.to(grad_weights_TK.dtype))
         grad_hidden_Td = grad_hidden_Td.to(hidden_Td.dtype)

@@ -81,6 +81,19 @@ def once_differentiable(backward):
     return run
 
 
+def asked_gradients(ctx) -> list[bool]:
+    """Which inputs' gradients are asked of the backward that runs now, for the tensors of an autograd.Function whose
+    tensors come first; ctx.needs_input_grad says which ever are. A pipeline that splits the backward runs each node
+    twice, for the inputs and for the weights."""
+    asked = []
+    for (node, _), needed in zip(ctx.next_functions, ctx.needs_input_grad):
+        try:
+            asked.append(needed and torch._C._will_engine_execute_node(node))
+        except RuntimeError:  # torch does not say it of a leaf whose gradient torch.autograd.grad returns: it is asked
+            asked.append(True)
+    return asked
+
+
 class Fp32Buffers(nn.Module):
     """A module whose own buffers keep their dtype under `.to(bfloat16)`, `.half()` and the like; devices still change.
 

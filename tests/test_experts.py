@@ -154,6 +154,21 @@ def test_autocast_does_not_reach_inside(monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(*results))
 
 
+def test_a_split_backward_computes_what_it_is_asked_for(monkeypatch):
+    """A pipeline asks for the inputs' gradients first: no product for a weight is made then. Then it asks for these."""
+    moe, hidden = build("sorted_mm", torch.float32, True, 0.0)
+    _, weights, indices = moe.gate(hidden)
+    leaf, mine = hidden[0].detach().requires_grad_(), tuple(moe.experts.parameters())
+    output = moe.experts(leaf * 1.0, indices, weights.detach().requires_grad_()).square().sum()
+    whole = torch.autograd.grad(output, (leaf, *mine), retain_graph=True)
+    products, mm = [], torch.mm
+    monkeypatch.setattr(torch, "mm", lambda *args, **kwargs: products.append(1) or mm(*args, **kwargs))
+    (of_input,) = torch.autograd.grad(output, leaf, retain_graph=True)
+    assert not products and torch.equal(of_input, whole[0])
+    of_weights = torch.autograd.grad(output, mine)
+    assert products and all(torch.equal(a, b) for a, b in zip(of_weights, whole[1:]))
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("count, gradients", [(T, True), (T, False), (1, False)])
 def test_bf16_adds_up_experts_in_fp32(count, gradients):

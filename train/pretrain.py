@@ -221,7 +221,9 @@ def enter_stage(model: NanoDeepSeekForCausalLM, section: ModelSection) -> NanoDe
     return model
 
 
-def build_trainer(recipe: Recipe, args: TrainingArguments) -> NanoDeepSeekTrainer:
+def build_trainer(
+    recipe: Recipe, args: TrainingArguments, kind: type[NanoDeepSeekTrainer] = NanoDeepSeekTrainer
+) -> NanoDeepSeekTrainer:
     """Everything up to the first step: data read, tokenizer trained, model built, rows packed."""
     with args.main_process_first(desc="preparing data"):
         train_documents, validation_documents = load_data(recipe)
@@ -235,7 +237,7 @@ def build_trainer(recipe: Recipe, args: TrainingArguments) -> NanoDeepSeekTraine
         fresh = recipe.tokenizer.path is None and recipe.model.checkpoint is None
         if fresh or recipe.model.context is not None:
             tokenizer.model_max_length = model.config.max_position_embeddings
-    return NanoDeepSeekTrainer(
+    return kind(
         share_experts(model, recipe.parallel),
         args,
         recipe=recipe,
@@ -276,6 +278,11 @@ def run(recipe: Recipe, build: Callable | None = None, after: Callable | None = 
         build: makes the trainer of a recipe; default `build_trainer`.
         after: what the main process does with recipe and trainer when all is saved; default `speak`.
     """
+    if recipe.pipeline is not None and build is None:
+        raise ValueError(
+            "the recipe's section pipeline is for torchrun --nproc_per_node 2 -m train.pipeline; train.pretrain does "
+            "not spread layers: leave it out"
+        )
     begin = time.perf_counter()
     use_threads(recipe.threads)
     trainer = build(recipe) if build else build_trainer(recipe, training_arguments(recipe))

@@ -240,6 +240,13 @@ class MtpSection(Section):
     detach_trunk: bool = False  # the loss reaches the modules alone
 
 
+class PipelineSection(Section):
+    """How `train.pipeline` spreads the layers over processes, and in which order their micro-batches run."""
+
+    schedule: Literal["1f1b", "zb1p", "zbv", "dualpipev"] = "1f1b"  # zbv, dualpipev: two stages on each process
+    layers: list[Annotated[int, Field(ge=1)]] | None = None  # decoder layers of each stage; default: evenly
+
+
 class ParallelSection(Section):
     """What accelerate's launch files cannot express."""
 
@@ -271,6 +278,7 @@ class Recipe(Section):
     schedule: ScheduleSection = Field(default_factory=ScheduleSection)
     balance: BalanceSection = Field(default_factory=BalanceSection)
     mtp: MtpSection | None = None  # for a model with num_nextn_predict_layers; default: its config's mtp_loss_coef
+    pipeline: PipelineSection | None = None  # for train.pipeline
     parallel: ParallelSection = Field(default_factory=ParallelSection)
     # auto: bf16 where the hardware multiplies it natively; fp8: the same, the products of linear layers in FP8 blocks
     precision: Literal["auto", "bf16", "fp32", "fp8"] = "auto"
@@ -362,6 +370,8 @@ class FinetuneRecipe(Recipe):
     def is_not_spread(self):
         if self.parallel.expert > 1:
             raise ValueError(f"parallel.expert={self.parallel.expert} is for pretraining only")
+        if self.pipeline is not None:
+            raise ValueError("the section pipeline is for pretraining only (train.pipeline)")
         return self
 
     @model_validator(mode="after")

@@ -235,7 +235,8 @@ def loads_over_time(run: Run) -> Figure | None:
         axis.remove()
     figure.supxlabel("optimizer step", fontsize="medium")
     figure.supylabel("expert", fontsize="medium")
-    figure.colorbar(image, ax=list(axes.flat[: len(chosen)]), label="load / mean load", extend="max", shrink=0.9)
+    drawn = list(axes.flat[: len(chosen)])  # matplotlib takes no removed ones
+    figure.colorbar(image, ax=drawn, label="load / mean load", extend="max", shrink=0.9)
     return figure
 
 

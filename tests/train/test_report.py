@@ -76,3 +76,9 @@ def test_many_layers_and_a_single_step():
     assert titles[0] == "layer 3" and titles[11] == "layer 60" and len(titles) == 13  # and the colour bar
     assert len(report.violations(run).axes) == 2
     report.plt.close("all")
+
+
+def test_an_odd_number_of_layers():
+    load = [{"step": 5, "layers": [1, 2, 3], "tokens": [[1, 2, 3]] * 3, "bias": [[0.0, 0.1, 0.2]] * 3}]
+    assert len(report.loads_over_time(Run("odd", [], load)).axes) == 4  # three maps and the colour bar
+    report.plt.close("all")
