@@ -38,7 +38,8 @@ def recipe_of(kind: str, seed: int, args: argparse.Namespace, layers: int | None
     name = f"{kind}-{seed}" if layers is None else f"{kind}-{seed}-{layers}-layers"
     changes = [f"output_dir={args.folder / name}", f"threads={args.threads}", "schedule.max_seconds=null"]
     changes += [] if layers is None else [f"model.overrides.num_hidden_layers={layers}"]
-    changes += ["prompt=null", f"trainer.seed={seed}", "trainer.report_to=none", f"trainer.max_steps={args.steps}"]
+    steps = args.steps if layers is None else args.deeper_steps
+    changes += ["prompt=null", f"trainer.seed={seed}", "trainer.report_to=none", f"trainer.max_steps={steps}"]
     return load_recipe(f"configuration/recipes/{RECIPES[kind]}.yaml", changes)
 
 
@@ -94,6 +95,7 @@ def main():
     parser.add_argument("--steps", type=int, default=240)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--deeper", type=int, help="layers of a second model to decode with")
+    parser.add_argument("--deeper-steps", type=int, default=160)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--decode-threads", type=int, default=1)
     parser.add_argument("--drafts", type=int, nargs="+", default=[1, 2, 3])
@@ -120,7 +122,12 @@ def main():
     decoding = [measure_decoding(recipe, drafts, args) for recipe in models for drafts in args.drafts]
     device = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
     kept = {"command": "python -m benchmarks.mtp", "date": datetime.date.today().isoformat()}
-    kept |= {"device": processor(device), "steps": args.steps, "threads": args.threads}
+    kept |= {
+        "device": processor(device),
+        "steps": args.steps,
+        "deeper_steps": args.deeper_steps,
+        "threads": args.threads,
+    }
     kept |= {"runs": args.runs, "prompt_tokens": args.length, "new_tokens": args.new}
     kept |= {"decode_threads": args.decode_threads, "torch": torch.__version__}
     kept |= {"transformers": transformers.__version__, "python": platform.python_version()}
