@@ -40,7 +40,7 @@ from .layers import RMSNorm
 from .losses import is_plain_linear, linear_cross_entropy
 from .masks import masks, real_token_mask
 from .moe import TopkRouter, sequence_balance_loss
-from .mtp import Drafter, DraftReport, MtpLoss, MultiTokenPredictor, mtp_loss
+from .mtp import Drafter, DraftReport, MtpLoss, MultiTokenPredictor, all_further, mtp_loss
 from .rotary import RotaryEmbedding
 from .stages import SparseStages
 
@@ -326,15 +326,8 @@ class NanoDeepSeekModel(NanoDeepSeekPreTrainedModel):
             logger.warning_once(LOST.format(", ".join(lost)))
 
     def _predict_all_further(self, hidden_states, inputs_embeds, index_topk_indices=None, **kwargs):
-        """h^1 .. h^D of a whole text. Behind its end tokens wrap around: those positions have no targets, and no
-        position before sees them."""
-        if self.config.mtp_detach_trunk:
-            hidden_states, inputs_embeds = hidden_states.detach(), inputs_embeds.detach()
-        states = []
-        for k, module in enumerate(self.predictors, start=1):
-            hidden_states = module(hidden_states, inputs_embeds.roll(-k, 1), **kwargs)
-            states.append(hidden_states)
-        return tuple(states)
+        """`all_further`, by this model's modules; they choose keys of their own."""
+        return all_further(self.predictors, hidden_states, inputs_embeds, self.config.mtp_detach_trunk, **kwargs)
 
     def predict_further(self, module, hidden_states, tokens, position_ids, attention_mask, cache) -> torch.Tensor:
         """One module on states [B, T, d] and the tokens [B, T] that it reads with them, after what its cache holds."""

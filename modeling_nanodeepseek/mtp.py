@@ -56,6 +56,20 @@ class MultiTokenPredictor(DecoderBlock):
         return self.shared_head.norm(super().forward(self.eh_proj(both), **kwargs))
 
 
+def all_further(predictors, hidden_states, inputs_embeds, detached: bool = False, **kwargs) -> tuple[torch.Tensor, ...]:
+    """h^1 .. h^D of a whole text from h^0 and its embeddings, [B, T, d] each; detached: no gradient reaches these two.
+
+    Behind the text's end tokens wrap around: those positions have no targets, and no position before sees them.
+    """
+    if detached:
+        hidden_states, inputs_embeds = hidden_states.detach(), inputs_embeds.detach()
+    states = []
+    for k, module in enumerate(predictors, start=1):
+        hidden_states = module(hidden_states, inputs_embeds.roll(-k, 1), **kwargs)
+        states.append(hidden_states)
+    return tuple(states)
+
+
 # -- the loss ----------------------------------------------------------------------------------------------------------
 
 

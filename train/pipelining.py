@@ -25,7 +25,7 @@ from modeling_nanodeepseek.losses import linear_cross_entropy
 from modeling_nanodeepseek.masks import masks, real_token_mask
 from modeling_nanodeepseek.modeling_nanodeepseek import target_weights
 from modeling_nanodeepseek.moe import TopkRouter, sequence_balance_loss
-from modeling_nanodeepseek.mtp import mtp_loss
+from modeling_nanodeepseek.mtp import all_further, mtp_loss
 
 
 @dataclass(frozen=True)
@@ -146,20 +146,11 @@ class Stage(nn.Module):
             self.count(places[0], ids.shape[1])
             return hidden, sums + self.own_losses(hidden, labels, places[0])
         hidden = self.norm(hidden)
-        further = self.predict_further(hidden, embeds, **kwargs) if self.predicts else ()
+        detached = self.config.mtp_detach_trunk
+        further = all_further(self.predictors, hidden, embeds, detached, **kwargs) if self.predicts else ()
         self.count(places[0], ids.shape[1])
         sums = sums + self.own_losses(hidden, labels, places[0])
         return self.loss(hidden, further, sums, labels, *places)
-
-    def predict_further(self, hidden, embeds, **kwargs) -> list[torch.Tensor]:
-        """h^1 .. h^D, as NanoDeepSeekModel's forward makes them."""
-        if self.config.mtp_detach_trunk:
-            hidden, embeds = hidden.detach(), embeds.detach()
-        states = []
-        for k, module in enumerate(self.predictors, start=1):
-            hidden = module(hidden, embeds.roll(-k, 1), **kwargs)
-            states.append(hidden)
-        return states
 
     def own_losses(self, hidden, labels, attention_mask) -> torch.Tensor:
         """The balance loss and the indexers' of this stage's layers, [2], before their factors."""
