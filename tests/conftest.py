@@ -17,8 +17,10 @@ from modeling_nanodeepseek import NanoDeepSeekConfig, NanoDeepSeekForCausalLM
 from tests.attention_backends import portable_backends  # noqa: F401  (fixture)
 from tests.small_run import corpus, tiny_recipe  # noqa: F401  (fixtures)
 
-# transformers before the release that this project is developed on: what it lacks is named where a test is skipped.
+# transformers and torch before the releases that this project is developed on: what they lack is named where a test is
+# skipped.
 EARLIER_TRANSFORMERS = Version(transformers.__version__) < Version("5.23")
+EARLIER_TORCH = torch.__version__ < (2, 13)
 
 torch.set_num_threads(1)  # tests are small, and run two at a time
 

@@ -206,6 +206,16 @@ class Part(nn.ModuleList):
         return self._ends["head"]
 
 
+def check_torch(schedule: str):
+    """Raises ImportError for a split backward before torch 2.13, which adds up a weight's gradient wrongly where it is
+    used twice."""
+    if schedule != "1f1b" and torch.__version__ < (2, 13):
+        raise ImportError(
+            f"pipeline.schedule={schedule!r} needs torch 2.13 or later, and this is {torch.__version__}, whose split "
+            f"backward sums the gradient of a weight that is used twice wrongly; '1f1b' has no such backward"
+        )
+
+
 def check_microbatches(schedule: str, microbatches: int, stages: int, ranks: int):
     """Raises ValueError where the schedule has too few micro-batches to run, or ZB1P a number it cannot divide."""
     least = stages if schedule != "zbv" else 1
@@ -234,7 +244,8 @@ class Pipeline:
         sizes: decoder layers of each stage; default: evenly.
         autocast: bf16.
 
-    Raises: ValueError for a cut or a number of micro-batches that the schedule cannot run.
+    Raises: ValueError for a cut or a number of micro-batches that the schedule cannot run; ImportError for a torch that
+        is too old for it.
     """
 
     def __init__(
@@ -249,6 +260,7 @@ class Pipeline:
     ):
         kind, (rank, ranks) = SCHEDULES[schedule], (dist.get_rank(), dist.get_world_size())
         stages = ranks * kind.stages_per_rank
+        check_torch(schedule)
         check_microbatches(schedule, microbatches, stages, ranks)
         config, device = model.config, model.device
         parts = split_layers(config.num_hidden_layers, config.num_nextn_predict_layers, stages, sizes)

@@ -7,6 +7,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.distributed.tensor import DTensor
+
+from tests.conftest import EARLIER_TORCH
 
 
 def _enter(rank: int, world: int, store: str, work, results):
@@ -18,6 +21,21 @@ def _enter(rank: int, world: int, store: str, work, results):
     gc.collect()
     dist.barrier()
     dist.destroy_process_group()
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """All ranks' parts of a tensor."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    halves = [placement for placement in tensor.placements if hasattr(placement, "split_factor")]
+    if not (EARLIER_TORCH and halves):
+        return tensor.full_tensor()
+    # Each half of a stacked matrix is split of itself, which this torch can do but not undo.
+    part = tensor.to_local().detach().contiguous()
+    parts = [torch.empty_like(part) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, part)
+    chunks = zip(*(part.chunk(halves[0].split_factor, halves[0].dim) for part in parts))
+    return torch.cat([chunk for group in chunks for chunk in group], halves[0].dim)
 
 
 def wait_for(context: mp.ProcessContext, seconds: float):

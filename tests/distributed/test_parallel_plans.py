@@ -32,8 +32,7 @@ def train_and_write(model, ids: torch.Tensor) -> tuple[torch.Tensor, dict[str, t
     output.loss.backward()
     gradients = {}
     for name, parameter in model.named_parameters():
-        gradient = parameter.grad
-        gradients[name] = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+        gradients[name] = None if parameter.grad is None else processes.whole(parameter.grad)
     return model(ids).logits.detach(), gradients, model.eval().generate(ids, **GENERATION)
 
 

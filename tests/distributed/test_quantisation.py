@@ -30,7 +30,7 @@ ROUNDING = {FLOAT8: 2**-4 / math.sqrt(3), INT8: 3 / 127 / 2 / math.sqrt(3)}
 def whole_weight(parameter: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     """What all ranks' parts of a parameter are together, dequantised."""
     if isinstance(parameter, DTensor):
-        return parameter.full_tensor().detach()
+        return processes.whole(parameter).detach()
     part = (parameter.dequantize() if is_quantized(parameter) else parameter).detach().contiguous()
     split = [dim for dim in range(part.ndim) if part.shape[dim] != shape[dim]]
     if not split:
@@ -44,7 +44,7 @@ def gradients(model, ids: torch.Tensor) -> dict[str, torch.Tensor | None]:
     """Of one training step, of everything that is to learn."""
     model.train()(ids, labels=ids).loss.backward()
     grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-    return {name: grad.full_tensor() if isinstance(grad, DTensor) else grad for name, grad in grads.items()}
+    return {name: None if grad is None else processes.whole(grad) for name, grad in grads.items()}
 
 
 def work(rank: int, world: int, folder: str) -> list[dict]:

@@ -1,9 +1,12 @@
 """Formulas of bubbles, the cut into stages, and what is refused."""
 
+import re
+
 import pytest
+import torch
 
 from train import pipeline, pretrain
-from train.pipelining import bubble, check_microbatches, split_layers, stages_of
+from train.pipelining import bubble, check_microbatches, check_torch, split_layers, stages_of
 
 
 def test_bubbles_of_the_report():
@@ -39,6 +42,17 @@ def test_refused():
         check_microbatches("dualpipev", 3, stages=4, ranks=2)
     with pytest.raises(ValueError, match="multiple of the 2 processes"):
         check_microbatches("zb1p", 5, stages=2, ranks=2)
+
+
+def test_split_backward_of_an_old_torch_is_refused(monkeypatch):
+    check_torch("1f1b")
+    for version, schedule in (("2.12.1", "zbv"), ("2.11.0+cpu", "zb1p")):
+        monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion(version))
+        check_torch("1f1b")
+        with pytest.raises(ImportError, match=rf"'{schedule}' needs torch 2.13.*{re.escape(version)}"):
+            check_torch(schedule)
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.13.0+cpu"))
+    check_torch("zbv")
 
 
 @pytest.mark.parametrize(
