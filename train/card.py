@@ -218,7 +218,9 @@ def training_rows(trainer: Trainer) -> dict[str, Any]:
     rows["gradient norm at most"] = f"{args.max_grad_norm:g}"
     if config.n_routed_experts and not (config.index_topk is not None and config.dsa_stage == "warmup"):
         balance = recipe.balance
-        biases = f"biases by {balance.gamma:g} a step until {balance.freeze_at:.0%}" if balance.gamma else "biases rest"
+        falls = f" to {balance.final_gamma:g}" if balance.final_gamma else ""
+        moves = f"biases by {balance.gamma:g}{falls} a step until {balance.freeze_at:.0%}"
+        biases = moves if balance.gamma else "biases rest"
         rows["balancing"] = f"{biases}; sequence-wise loss times {config.aux_loss_alpha:g}"
     rows["precision, seed"] = f"{precision_of(args, recipe.precision)}, {args.seed}"
     return rows

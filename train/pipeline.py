@@ -109,8 +109,7 @@ class PipelineTrainer(NanoDeepSeekTrainer):
             scheduler.step()
             self.optimizer.zero_grad()
             balance, done = self.recipe.balance, self.progress((step - 1) / steps)
-            gamma = balance.gamma if done < balance.freeze_at else 0.0
-            load = pipeline.update_expert_bias(gamma, balance.centre)
+            load = pipeline.update_expert_bias(balance.step(done), balance.centre)
             state.global_step, state.epoch = step, step / per_epoch
             handler.on_step_end(args, state, self.control)
             last = step == steps or self.control.should_training_stop

@@ -221,11 +221,22 @@ class ScheduleSection(Section):
 
 
 class BalanceSection(Section):
-    """Loss-free balancing: step `gamma` until `freeze_at` (share of the run), then 0, as in V3's pre-training."""
+    """Loss-free balancing: step `gamma` until `freeze_at` (share of the run), then 0, as in V3's pre-training.
+
+    With `final_gamma` the step goes there from `gamma` in equal ratios, for short runs: large enough at first to reach
+    every expert, small at last so that biases come to rest.
+    """
 
     gamma: float = Field(default=1e-3, ge=0)
+    final_gamma: float | None = Field(default=None, gt=0)
     freeze_at: float = Field(default=0.97, ge=0, le=1)
     centre: bool = False
+
+    def step(self, progress: float) -> float:
+        """gamma at `progress` in 0..1: gamma (final_gamma / gamma)^(progress / freeze_at), then 0."""
+        if progress >= self.freeze_at or not self.gamma:
+            return 0.0
+        return self.gamma * ((self.final_gamma or self.gamma) / self.gamma) ** (progress / self.freeze_at)
 
 
 class MtpSection(Section):

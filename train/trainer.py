@@ -167,9 +167,7 @@ class NanoDeepSeekTrainer(StreamedSteps, AtomicCheckpoints, Trainer):
         super().__init__(*args, **kwargs)
         self.stream_steps(recipe.schedule.batch_ramp, recipe.data.sequence_length)
         balance = recipe.balance
-        self.balancing = LoadBalancingCallback(
-            lambda done: balance.gamma if self.progress(done) < balance.freeze_at else 0.0, balance.centre
-        )
+        self.balancing = LoadBalancingCallback(lambda done: balance.step(self.progress(done)), balance.centre)
         self.load_log = ExpertLoadLog(self.balancing, self.model)
         self.remove_callback(ProgressCallback)
         for callback in (Clock(recipe.schedule.max_seconds), self.balancing, self.load_log, LineCallback()):

@@ -15,7 +15,7 @@ from modeling_nanodeepseek.balancing import routers
 from train import pretrain
 from train.accounting import count_parameters, training_flops_per_token
 from train.models import build_config
-from train.recipe import ScheduleSection
+from train.recipe import BalanceSection, ScheduleSection
 from train.trainer import Clock, LineCallback, NanoDeepSeekTrainer, lr_factor
 
 
@@ -136,6 +136,18 @@ def test_biases_move_once_per_step_and_freeze(tiny_recipe):
     trainer = train(tiny_recipe(balance={"gamma": 0.01, "freeze_at": 0.5}))
     steps = torch.stack([gate.e_score_correction_bias for gate in routers(trainer.model)]) / 0.01
     assert torch.allclose(steps, steps.round(), atol=1e-4) and 0 < steps.abs().max() <= 3
+
+
+def test_a_falling_step_of_the_biases(tiny_recipe):
+    balance = BalanceSection(gamma=0.08, final_gamma=0.005, freeze_at=0.8)
+    assert [round(balance.step(i / 10), 6) for i in (0, 2, 4, 6, 8, 10)] == [0.08, 0.04, 0.02, 0.01, 0.0, 0.0]
+    assert BalanceSection(gamma=0.08).step(0.9) == 0.08 and BalanceSection(gamma=0.0, final_gamma=0.1).step(0.1) == 0.0
+    # A bias is a sum of these steps, each up, down or, for an expert with just the mean load, left out.
+    trainer = train(tiny_recipe(balance={"gamma": 0.064, "final_gamma": 0.001, "freeze_at": 1.0}))
+    steps = [0.064 * (1 / 64) ** (i / trainer.state.max_steps) for i in range(trainer.state.max_steps)]
+    sums = torch.cartesian_prod(*(torch.tensor([-step, 0.0, step]) for step in steps)).sum(-1)
+    biases = torch.stack([gate.e_score_correction_bias for gate in routers(trainer.model)]).flatten()
+    assert len(steps) == 6 and ((biases[:, None] - sums).abs().amin(1) < 1e-6).all()
 
 
 def test_a_time_limit_decays_and_ends_the_run(tiny_recipe):
