@@ -12,6 +12,7 @@ import json
 import os
 from pathlib import Path
 
+import torch
 from transformers import TrainerCallback
 
 from modeling_nanodeepseek import LoadBalancingCallback
@@ -64,11 +65,23 @@ class ExpertLoadLog(TrainerCallback):
     def __init__(self, balancing: LoadBalancingCallback, model):
         self.balancing = balancing
         self.layers = [layer_of(name) for name, module in model.named_modules() if isinstance(module, TopkRouter)]
+        self._since: torch.Tensor | None = None  # tokens of the steps since the last log
 
     def metrics(self) -> dict[str, float]:
-        """What the log gets of the latest step: over all layers, and of each."""
+        """What the log gets: of the latest step, over all layers and of each; and expert_global_violation, the maximal
+        violation of the tokens of all steps since the last log. One step's is larger by what its few texts prefer:
+        arXiv:2408.15664 section 4.1 tells MaxVio_batch and MaxVio_global apart likewise."""
         load = self.balancing.load
-        return {} if load is None else load.metrics() | by_layer(load, self.layers)
+        if load is None:
+            return {}
+        lasting = load if self._since is None else ExpertLoad(self._since, load.bias)
+        whole = {"expert_global_violation": lasting.metrics()["expert_max_violation"]}
+        return load.metrics() | whole | by_layer(load, self.layers)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        load = self.balancing.load
+        if load is not None:
+            self._since = load.tokens.clone() if self._since is None else self._since + load.tokens
 
     def on_train_begin(self, args, state, control, **kwargs):
         file = Path(args.output_dir, FILE)
@@ -81,6 +94,8 @@ class ExpertLoadLog(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         load = self.balancing.load
+        if "expert_max_violation" in logs:
+            self._since = None
         if not state.is_world_process_zero or load is None or "expert_max_violation" not in logs:
             return
         bias = [[float(f"{b:.6g}") for b in row] for row in load.bias.tolist()]

@@ -119,10 +119,12 @@ def parameter_groups(model: nn.Module, section: OptimizerSection) -> list[dict]:
     """The groups, named: every trainable parameter is in exactly one.
 
     `matrices` and `gate_up` (the fused experts, two matrices each): hidden weights of 2 and 3 dims; `embedding`;
-    `head` (unless tied to the embedding); `scalars`: norm weights, biases, the router and the indexer's weights_proj,
-    whose rows are single directions (of an expert, of a head's weight) rather than a map. Only matrices decay.
+    `head` (unless tied to the embedding); `router`; `scalars`: norm weights, biases and the indexer's weights_proj.
+    Rows of the latter and of the router are single directions (of a head's weight, of an expert) rather than a map.
+    Only matrices decay.
     """
-    names: dict[str, list[nn.Parameter]] = {key: [] for key in ("matrices", "gate_up", "embedding", "head", "scalars")}
+    kinds = ("matrices", "gate_up", "embedding", "head", "router", "scalars")
+    names: dict[str, list[nn.Parameter]] = {kind: [] for kind in kinds}
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     fused = {id(m.gate_up_proj) for m in model.modules() if isinstance(m, GatedExperts)}
     for name, param in model.named_parameters():
@@ -134,13 +136,16 @@ def parameter_groups(model: nn.Module, section: OptimizerSection) -> list[dict]:
             kind = "head"
         elif id(param) in fused:
             kind = "gate_up"
-        elif param.ndim >= 2 and not name.endswith((".gate.weight", ".weights_proj.weight")):
+        elif name.endswith(".gate.weight"):
+            kind = "router"
+        elif param.ndim >= 2 and not name.endswith(".weights_proj.weight"):
             kind = "matrices"
         else:
             kind = "scalars"
         names[kind].append(param)
     muon_groups = section.name == "muon"
     rates = {"embedding": section.embedding_lr, "head": section.head_lr, "scalars": section.scalar_lr}
+    rates["router"] = section.scalar_lr if section.router_lr is None else section.router_lr
     groups = []
     for kind, params in names.items():
         matrix = kind in ("matrices", "gate_up")

@@ -110,11 +110,11 @@ class PipelineTrainer(NanoDeepSeekTrainer):
             self.optimizer.zero_grad()
             balance, done = self.recipe.balance, self.progress((step - 1) / steps)
             load = pipeline.update_expert_bias(balance.step(done), balance.centre)
+            self.balancing.load = pipeline.all_loads(load)
             state.global_step, state.epoch = step, step / per_epoch
             handler.on_step_end(args, state, self.control)
             last = step == steps or self.control.should_training_stop
             if step % state.logging_steps == 0 or last or (step == 1 and args.logging_first_step):
-                self.balancing.load = pipeline.all_loads(load)
                 self.log({"loss": self.mean_loss(), "grad_norm": norm, "learning_rate": rate})
             if args.save_strategy == "steps" and step % state.save_steps == 0 and not last:
                 self.save_whole(pipeline)

@@ -159,7 +159,8 @@ class OptimizerSection(Section):
     matrix_lr: Rate = 0.02
     embedding_lr: Rate = 0.2
     head_lr: Rate = 0.004
-    scalar_lr: Rate = 0.01  # norm weights, biases, router
+    scalar_lr: Rate = 0.01  # norm weights, biases
+    router_lr: Rate | None = None  # default: scalar_lr. A slower router gives the biases time to balance it
     weight_decay: Rate = 0.1  # matrices only
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     eps: float = Field(default=1e-8, gt=0)

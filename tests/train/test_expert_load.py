@@ -60,6 +60,13 @@ def test_a_run_keeps_them_and_a_resume_goes_on(tiny_recipe, tmp_path):
         assert logged["expert_bias_range/layer_1"] == pytest.approx(max(bias) - min(bias), abs=1e-6)
         parts = [value for key, value in logged.items() if key.startswith("grad_norm/")]
         assert math.hypot(*parts) == pytest.approx(logged["grad_norm"], rel=1e-4) and logged["grad_norm"] > 0.1
+        assert logged["expert_global_violation"] == pytest.approx(logged["expert_max_violation"])
+    settings["logging_steps"] = 2
+    trainer = build(tiny_recipe(output_dir=str(tmp_path / "less"), trainer=settings, balance={"gamma": 0.01}))
+    trainer.train()
+    found = [entry["expert_global_violation"] for entry in trainer.state.log_history if "ce_loss" in entry]
+    loads = torch.tensor([entry["tokens"][0] for entry in entries]).view(2, 2, 4).sum(1).double()  # of two steps each
+    assert found == pytest.approx((loads.amax(-1) / loads.mean(-1) - 1).tolist())
     whole = (run / FILE).read_text()
     (run / FILE).write_text(whole + '{"step": 5, "la')  # killed while it wrote
     build(recipe).train(resume_from_checkpoint=str(run / "checkpoint-2"))

@@ -16,7 +16,11 @@ def test_every_parameter_is_in_one_group():
     assert sum(map(len, inside.values())) == len(names) == len(set().union(*inside.values()))
     assert inside["embedding"] == {"model.embed_tokens.weight"} and inside["head"] == {"lm_head.weight"}
     assert inside["gate_up"] == {f"model.layers.{i}.mlp.experts.gate_up_proj" for i in (1, 2)}
-    assert all("norm" in name or name.endswith("mlp.gate.weight") for name in inside["scalars"])
+    assert all("norm" in name for name in inside["scalars"])
+    assert inside["router"] == {f"model.layers.{i}.mlp.gate.weight" for i in (1, 2)}
+    assert groups["router"]["lr"] == groups["scalars"]["lr"] == OptimizerSection().scalar_lr
+    slower = {group["name"]: group["lr"] for group in parameter_groups(model, OptimizerSection(router_lr=2e-4))}
+    assert slower["router"] == 2e-4 and slower["scalars"] == OptimizerSection().scalar_lr
     assert {"model.layers.1.mlp.experts.down_proj", "model.layers.0.self_attn.kv_b_proj.weight"} <= inside["matrices"]
     assert [kind for kind, group in groups.items() if group["muon"]] == ["matrices", "gate_up"]
     assert {kind for kind, group in groups.items() if group["row_blocks"] == 2} == {"gate_up"}
@@ -45,7 +49,7 @@ def test_the_indexers_groups(stage, layers):
     if stage == "warmup":
         assert set(groups) == {"matrices", "scalars"} and sum(map(len, inside.values())) == 5 * layers
     else:
-        assert set(groups) == {"matrices", "gate_up", "embedding", "head", "scalars"}
+        assert set(groups) == {"matrices", "gate_up", "embedding", "head", "router", "scalars"}
 
 
 @pytest.mark.parametrize("shape", [(8, 24), (24, 8), (16, 16)])
