@@ -342,6 +342,9 @@ IMPOSSIBLE = {
     "rank": ({"lora": {"rank": 0}}, "lora.rank"),
     "a part": ({"lora": {"targets": ["router"]}}, "lora.targets"),
     "an engine": ({"engine": "megatron"}, "engine.*'trainer' or 'trl'"),
+    "expert parallelism": ({"parallel": {"expert": 2}}, "parallel.expert=2 is for pretraining only"),
+    "a pipeline": ({"pipeline": {"schedule": "zbv"}}, "section pipeline is for pretraining only"),
+    "a growing batch": ({"schedule": {"batch_ramp": {"start": 1, "tokens": 9}}}, "batch_ramp is for pretraining"),
     "a text field": ({"data": {"text_field": "text"}}, "data.text_field"),
 }
 

@@ -1,11 +1,14 @@
 """Parameter groups; Muon against torch's own; AdamW against torch's own."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from tests.conftest import assert_close, tiny_model, tokens
 from train.optimizers import MuonAdamW, build_optimizer, orthogonalize, parameter_groups
 from train.recipe import OptimizerSection
+from train.trainer import NanoDeepSeekTrainer
 
 
 def test_every_parameter_is_in_one_group():
@@ -50,6 +53,15 @@ def test_the_indexers_groups(stage, layers):
         assert set(groups) == {"matrices", "scalars"} and sum(map(len, inside.values())) == 5 * layers
     else:
         assert set(groups) == {"matrices", "gate_up", "embedding", "head", "router", "scalars"}
+
+
+def test_muon_under_deepspeed_is_refused():
+    recipe = SimpleNamespace(optimizer=OptimizerSection())
+    trainer = SimpleNamespace(is_deepspeed_enabled=True, recipe=recipe, optimizer=None, model=tiny_model())
+    with pytest.raises(ValueError, match="optimizer.name='muon' is not possible with DeepSpeed"):
+        NanoDeepSeekTrainer.create_optimizer(trainer)
+    recipe.optimizer = OptimizerSection(name="adamw")
+    assert not any(group["muon"] for group in NanoDeepSeekTrainer.create_optimizer(trainer).param_groups)
 
 
 @pytest.mark.parametrize("shape", [(8, 24), (24, 8), (16, 16)])
