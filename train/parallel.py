@@ -2,8 +2,10 @@
 
 import os
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import Trainer
 from transformers.distributed import DistributedConfig
 
@@ -22,12 +24,27 @@ def shard_on_cpu(trainer: Trainer):
     plugin = FullyShardedDataParallelPlugin()  # reads the launch file's settings
     if plugin.fsdp_version != 2:
         raise ValueError(f"fsdp_version: {plugin.fsdp_version} in the launch file: on CPUs only 2 is possible")
-    if state.mixed_precision != "no":
-        plugin.set_mixed_precision(state.mixed_precision)
     state.fsdp_plugin = plugin
     # As accelerate itself ends: the one is a copy of the other, made anew by whoever asks.
     state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
     trainer.is_fsdp_enabled = True
+
+
+def settle_fsdp2(trainer: Trainer):
+    """Leaves casts to autocast under FSDP2, as without it. accelerate would have it cast parameters, inputs and outputs
+    to bf16: routers too, the number of targets that the loss is divided by, and the losses.
+
+    Raises: ValueError for checkpoints in parts, since a model in parts is nothing that from_pretrained reads.
+    """
+    if not (trainer.is_fsdp_enabled and trainer.accelerator.is_fsdp2):
+        return
+    plugin = trainer.accelerator.state.fsdp_plugin
+    if "FULL_STATE_DICT" not in str(plugin.state_dict_type):
+        raise ValueError(
+            f"fsdp_state_dict_type: {plugin.state_dict_type.name} in the launch file would save no model that "
+            "from_pretrained reads: use FULL_STATE_DICT"
+        )
+    plugin.mixed_precision_policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
 
 
 def share_experts(model: NanoDeepSeekForCausalLM, section: ParallelSection) -> NanoDeepSeekForCausalLM:

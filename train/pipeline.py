@@ -26,6 +26,7 @@ from .optimizers import build_optimizer
 from .pipelining import Pipeline
 from .pretrain import build_trainer, launch, run, training_arguments
 from .recipe import PipelineSection, Recipe, recipe_from_command_line
+from .steps import filled
 from .trainer import NanoDeepSeekTrainer
 
 # Trainer's settings that a pipeline does not honour otherwise, and what to do instead.
@@ -66,18 +67,13 @@ def check(recipe: Recipe, args: TrainingArguments):
 
 class PipelineTrainer(NanoDeepSeekTrainer):
     """The Trainer of a recipe whose steps run in a pipeline. While it trains, each process has its own layers alone;
-    before and after it has the whole model, which is evaluated and saved as ever.
-
-    Raises: ValueError for data of less than one step.
-    """
+    before and after it has the whole model, which is evaluated and saved as ever."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.remove_callback(self.balancing)  # it would add up the loads of different layers
         self.section = self.recipe.pipeline or PipelineSection()
         self.rows = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
-        if len(self.train_dataset) < self.rows:
-            raise ValueError(f"the data has {len(self.train_dataset)} rows, fewer than the {self.rows} of one step")
 
     def train(self, *args, **kwargs):
         args, state, handler = self.args, self.state, self.callback_handler
@@ -92,7 +88,7 @@ class PipelineTrainer(NanoDeepSeekTrainer):
             autocast=args.bf16,
         )
         self.optimizer = build_optimizer(pipeline.part, self.recipe.optimizer)
-        per_epoch = len(self.train_dataset) // self.rows
+        per_epoch = math.ceil(len(self.train_dataset) / self.rows)
         steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
         scheduler = self.create_scheduler(steps, self.optimizer)
         state.max_steps = steps
@@ -124,9 +120,9 @@ class PipelineTrainer(NanoDeepSeekTrainer):
         handler.on_train_end(args, state, self.control)
 
     def batches(self, per_epoch: int):
-        """The batches in the order in which Trainer on one process has them; rows that fill no batch are left out.
-        The first process reads them for all."""
-        sampler = SeedableRandomSampler(self.train_dataset, data_seed=self.args.seed)
+        """The batches in the order in which Trainer on one process has them. The first process reads them for all."""
+        rows = filled(len(self.train_dataset), self.rows)
+        sampler = SeedableRandomSampler(self.train_dataset, num_samples=rows, data_seed=self.args.seed)
         epoch = 0
         while True:
             sampler.set_epoch(epoch)

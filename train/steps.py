@@ -1,6 +1,7 @@
 """How many sequences each step takes, and a Trainer whose steps may grow, fed by a stream of rows."""
 
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -12,6 +13,12 @@ from .recipe import BatchRampSection
 from .streams import RowStream
 
 POSITION = "data_position.json"
+
+
+def filled(rows: int, step: int) -> int:
+    """Rows of an epoch: up to a whole number of steps, the last of which takes rows a second time if need be. The same
+    for every number of processes and of micro-batches, as long as a step has as many rows in all."""
+    return math.ceil(rows / step) * step
 
 
 class StepPlan:
@@ -48,9 +55,12 @@ class StepPlan:
             self.rows.append(self.rows[-1] + self.micro_batches[-1] * unit)
 
     def share(self, share_of_steps: float) -> float:
-        """Of the run's rows, those that its first steps take."""
+        """Of the run's rows, those that its first steps take; of a step's half, half of them."""
         steps = len(self.micro_batches)
-        return self.rows[min(steps, round(share_of_steps * steps))] / self.rows[-1]
+        done = min(steps, round(share_of_steps * steps, 6))
+        step = int(done)
+        part = (done - step) * (self.rows[step + 1] - self.rows[step]) if step < steps else 0
+        return (self.rows[step] + part) / self.rows[-1]
 
 
 class ShareAsEpoch(TrainerCallback):

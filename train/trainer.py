@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from torch.nn import functional as F
+from torch.utils.data import RandomSampler
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState, ProgressCallback
 from transformers.trainer_utils import IntervalStrategy
@@ -27,9 +28,9 @@ from .fp8 import convert_no_further
 from .gradients import gradient_norms
 from .hardware import matmul_peak
 from .optimizers import build_optimizer
-from .parallel import shard_on_cpu
+from .parallel import settle_fsdp2, shard_on_cpu
 from .recipe import MtpSection, Recipe, ScheduleSection
-from .steps import StreamedSteps
+from .steps import StreamedSteps, filled
 
 
 def lr_factor(progress: float, schedule: ScheduleSection) -> float:
@@ -189,6 +190,13 @@ class NanoDeepSeekTrainer(StreamedSteps, AtomicCheckpoints, Trainer):
         super().create_accelerator_and_postprocess()
         convert_no_further(self.accelerator)
         shard_on_cpu(self)
+        settle_fsdp2(self)
+
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True):
+        """accelerate wraps a model's forward in autocast, but not under FSDP2 (see `settle_fsdp2`)."""
+        if self.is_fsdp_enabled and self.accelerator.is_fsdp2:
+            return self.accelerator.autocast()
+        return super().autocast_smart_context_manager(cache_enabled)
 
     @property
     def clock(self) -> Clock:
@@ -201,6 +209,17 @@ class NanoDeepSeekTrainer(StreamedSteps, AtomicCheckpoints, Trainer):
         limit = self.recipe.schedule.max_seconds
         share = share_of_steps if self.plan is None else self.plan.share(share_of_steps)
         return max(share, self.clock.spent / limit if limit else 0.0)
+
+    @property
+    def rows_per_step(self) -> int:
+        return self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+
+    def _get_train_sampler(self, train_dataset=None):
+        sampler = super()._get_train_sampler(train_dataset)
+        if type(sampler) is not RandomSampler:
+            return sampler
+        rows = sampler.data_source
+        return RandomSampler(rows, num_samples=filled(len(rows), self.rows_per_step), generator=sampler.generator)
 
     def create_optimizer(self, model=None):
         if self.is_deepspeed_enabled and self.recipe.optimizer.name == "muon":
@@ -217,9 +236,10 @@ class NanoDeepSeekTrainer(StreamedSteps, AtomicCheckpoints, Trainer):
             schedule = self.recipe.schedule
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
                 optimizer or self.optimizer,
+                # In the middle of a step: neither the first nor the last has a rate of 0.
                 lambda step: (
                     min(1.0, (step + 1) / (schedule.warmup_steps or 1))
-                    * lr_factor(self.progress((step + 1) / num_training_steps), schedule)
+                    * lr_factor(self.progress((step + 0.5) / num_training_steps), schedule)
                 ),
             )
         return self.lr_scheduler

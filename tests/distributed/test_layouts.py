@@ -9,7 +9,7 @@ import shutil
 import pytest
 
 from tests.conftest import EARLIER_TRANSFORMERS
-from tests.distributed.launching import LENGTH, MODEL, ROWS, STEPS, killed, launch, train
+from tests.distributed.launching import LENGTH, MODEL, ROWS, STEPS, killed, launch, train, train_on_thirteen
 from tests.small_run import text
 from train.recipe import Recipe
 
@@ -27,7 +27,9 @@ def recipe(folder):
     """A function that makes the recipe of a run by its name; each writes a checkpoint at half."""
     (folder / "text.txt").write_text("".join(text(seed) for seed in range(30)))
 
-    def build(name: str, world: int, expert: int = 1, resume: str | None = None, **more) -> Recipe:
+    def build(
+        name: str, world: int, expert: int = 1, resume: str | None = None, precision: str = "auto", **more
+    ) -> Recipe:
         trainer = {"max_steps": STEPS, "per_device_train_batch_size": ROWS // world, "logging_steps": 1, "seed": 3}
         trainer |= {"save_strategy": "steps", "save_steps": STEPS // 2, "report_to": [], "disable_tqdm": True}
         trainer |= {"use_cpu": True, "per_device_eval_batch_size": 3} | more
@@ -41,6 +43,7 @@ def recipe(folder):
             "data": {"source": str(folder / "text.txt"), "sequence_length": LENGTH, "validation_share": 0.2},
             "parallel": {"expert": expert},
             "threads": 1,
+            "precision": precision,
             "trainer": trainer,
         }
         return Recipe.model_validate(values)
@@ -95,6 +98,31 @@ def test_two_processes_are_one(file, world, expert, results):
     assert_same(shared, alone)
     share = max(rank["held"] for rank in shared) / alone["held"]
     assert share == 1 if file == "ddp" else share < 0.6
+
+
+@pytest.mark.parametrize("precision, files", [("fp32", ["single", "fsdp2"]), ("bf16", ["ddp", "fsdp2", "fsdp2_ep"])])
+def test_the_end_of_an_epoch(precision, files, folder, recipe):
+    """Steps take the same rows in one process, and in two with two micro-batches each; and what is cast to bf16 under
+    FSDP2 is what is cast under DDP."""
+    logs = []
+    for file in files[:2] if EARLIER_TRANSFORMERS else files:
+        world, expert = 1 if file == "single" else 2, 2 if file == "fsdp2_ep" else 1
+        parts = {"per_device_train_batch_size": ROWS // world**2, "gradient_accumulation_steps": world}
+        name = f"thirteen-{file}-{precision}"
+        settings = recipe(name, world, expert, precision=precision, **parts, save_strategy="no")
+        found, errors = launch(file, world, folder / "results" / name, train_on_thirteen, settings)
+        assert not errors, "\n".join(errors.values())
+        logs.append(found[0])
+    near = 1e-5 if precision == "fp32" else 2e-4  # a shared head makes logits in bf16, a whole one in fp32
+    for one, *others in zip(*logs, strict=True):
+        for entry in others:
+            assert entry["loss"] == pytest.approx(one["loss"], rel=100 * near)
+            if precision == "bf16" and one["step"] > 1:  # a rounding may change who is chosen
+                continue
+            assert {term: entry[term] for term in TERMS} == pytest.approx({term: one[term] for term in TERMS}, rel=near)
+            assert entry["grad_norm"] == pytest.approx(one["grad_norm"], rel=10 * near)
+            assert entry["epoch"] == pytest.approx(one["epoch"])
+    assert len({entry["loss"] for entry in logs[0]}) == STEPS == len(logs[0])
 
 
 @pytest.mark.parametrize("source, file, world, expert", [

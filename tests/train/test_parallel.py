@@ -1,9 +1,12 @@
 """What of `parallel.expert` cannot be is one error before anything is shared."""
 
+from types import SimpleNamespace
+
 import pytest
+from accelerate import FullyShardedDataParallelPlugin
 
 from tests.conftest import EARLIER_TRANSFORMERS, tiny_model
-from train.parallel import share_experts
+from train.parallel import settle_fsdp2, share_experts
 from train.recipe import ParallelSection
 
 
@@ -22,6 +25,18 @@ def test_impossible_expert_parallelism(size, variables, message, monkeypatch):
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=message):
         share_experts(tiny_model(), ParallelSection(expert=size))
+
+
+def test_checkpoints_in_parts_are_refused(monkeypatch):
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    plugin = FullyShardedDataParallelPlugin(state_dict_type="SHARDED_STATE_DICT")
+    accelerator = SimpleNamespace(is_fsdp2=True, state=SimpleNamespace(fsdp_plugin=plugin))
+    trainer = SimpleNamespace(is_fsdp_enabled=True, accelerator=accelerator)
+    with pytest.raises(ValueError, match="SHARDED_STATE_DICT in the launch file.*use FULL_STATE_DICT"):
+        settle_fsdp2(trainer)
+    plugin.set_state_dict_type("FULL_STATE_DICT")
+    settle_fsdp2(trainer)
+    assert plugin.mixed_precision_policy.param_dtype is None and not plugin.mixed_precision_policy.cast_forward_inputs
 
 
 def test_one_process_shares_nothing():
