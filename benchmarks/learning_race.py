@@ -5,8 +5,9 @@
 Every racer reads the same rows of the quickstart's data with the same tokenizer, on the same threads, for the same
 seconds of training (steps alone are timed), its learning rate warming up, constant and decaying by the clock; then the
 held-out files are scored in bits per byte. `ours` is the quickstart recipe, run with every seed, the others with the
-first; an ingredient is that recipe with one thing changed; the rivals are transformers' models in a plain loop. A racer
-whose result lies in the folder is not run again.
+first; an ingredient is that recipe with one thing changed; the rivals are transformers' models in a plain loop. The
+quickstart's sizes and rates were chosen by the same held-out files (docs/log.md), the rivals' were not chosen. A racer
+whose result lies in the folder, of the same recipe, is not run again.
 
 Writes benchmarks/results/DATE-DEVICE-learning_race.json; prints a table; the last line is one JSON object.
 """
@@ -36,15 +37,17 @@ from train.data import collate, pack
 from train.hardware import keep_memory, use_threads
 from train.models import model_files
 from train.optimizers import MuonAdamW, parameter_groups
-from train.recipe import REPOSITORY, OptimizerSection, Recipe, load_recipe
+from train.recipe import REPOSITORY, Recipe, load_recipe
 from train.trainer import lr_factor
 
-RATES = ("embedding_lr", "head_lr", "scalar_lr")
+QUICKSTART = "configuration/recipes/quickstart.yaml"
+RATES = ("embedding_lr", "head_lr", "scalar_lr", "router_lr")
 # The quickstart with one thing changed.
 INGREDIENTS = {
     "ours": [],
     "adamw": ["optimizer.name=adamw", "optimizer.matrix_lr=0.003"],
     "one_rate": [f"optimizer.{rate}=0.003" for rate in RATES],
+    "router_at_once": ["optimizer.router_lr=null", "balance.gamma=0.01", "balance.final_gamma=null"],
     "init_0.006": ["model.overrides.initializer_range=0.006"],
     "dense": ["model.overrides.n_routed_experts=null", "model.overrides.intermediate_size=640"],
     "gqa": ["model.variant=moe_only"],
@@ -68,7 +71,7 @@ def adamw(model: nn.Module) -> torch.optim.Optimizer:
 
 def our_optimizer(model: nn.Module) -> MuonAdamW:
     """The quickstart's, on transformers' classes: their fused experts hold two matrices each, as ours do."""
-    groups = parameter_groups(model, OptimizerSection(matrix_lr=0.03))
+    groups = parameter_groups(model, load_recipe(QUICKSTART).optimizer)
     fused = {id(p) for n, p in model.named_parameters() if n.endswith("gate_up_proj")}
     for group in [group for group in groups if group["name"] == "matrices"]:
         pairs = [p for p in group["params"] if id(p) in fused]
@@ -101,9 +104,6 @@ def quickstart(name: str, seed: int, args: argparse.Namespace) -> Recipe:
     changes += [f"schedule.max_seconds={args.seconds}", f"trainer.seed={seed}", "trainer.max_steps=100000"]
     changes += ["trainer.report_to=none", "trainer.eval_strategy=no", *INGREDIENTS.get(name, [])]
     return load_recipe(QUICKSTART, changes)
-
-
-QUICKSTART = "configuration/recipes/quickstart.yaml"
 
 
 def run_ours(recipe: Recipe) -> dict:
@@ -169,15 +169,16 @@ def score(model: nn.Module, rows, texts: list[str], bf16: bool) -> float:
 
 
 def race(name: str, seed: int, args: argparse.Namespace) -> dict:
-    """The result of one racer, kept in the folder."""
-    file = args.folder / f"{name}-{seed}.json"
-    if file.is_file() and json.loads(file.read_text())["seconds"] == args.seconds:
+    """The result of one racer, kept in the folder with its recipe."""
+    file, recipe = args.folder / f"{name}-{seed}.json", quickstart(name, seed, args)
+    settings = recipe.model_dump(mode="json")
+    if file.is_file() and json.loads(file.read_text())["recipe"] == settings:
         return json.loads(file.read_text())
-    recipe = quickstart(name, seed, args)
     use_threads(args.threads)
     result = run_rival(name, recipe) if name in RIVALS else run_ours(recipe)
     tokens = result["steps"] * recipe.trainer["per_device_train_batch_size"] * recipe.data.sequence_length
     result |= {"racer": name, "seed": seed, "seconds": args.seconds, "tokens_per_second": tokens / args.seconds}
+    result["recipe"] = settings
     args.folder.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(result))
     gc.collect()
@@ -208,7 +209,8 @@ def main():
         print(f"{r['racer']:24} {r['seed']:4}  {r['bits_per_byte']:9.3f}  {r['tokens_per_second']:8,.0f}  {violation}")
     kept = {"command": "python -m benchmarks.learning_race", "date": datetime.date.today().isoformat()}
     kept |= {"device": processor("cpu"), "threads": args.threads, "torch": torch.__version__}
-    kept |= {"transformers": transformers.__version__, "python": platform.python_version(), "results": results}
+    shown = [{key: value for key, value in result.items() if key != "recipe"} for result in results]
+    kept |= {"transformers": transformers.__version__, "python": platform.python_version(), "results": shown}
     (args.results / f"{kept['date']}-cpu-learning_race.json").write_text(json.dumps(kept, indent=1) + "\n")
     ours = [r["bits_per_byte"] for r in results if r["racer"] == "ours"]
     best = {r["racer"]: r["bits_per_byte"] for r in results if r["racer"] != "ours"}
