@@ -1,5 +1,6 @@
 """Checkpoints of a run that are whole or not there, and a resume from the last one that can be read."""
 
+import json
 import os
 import pickle
 import shutil
@@ -12,6 +13,7 @@ import torch
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from transformers import TrainingArguments
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
@@ -27,12 +29,14 @@ from modeling_nanodeepseek.stacking import (
 )
 
 from .faults import disk_is_full
+from .fingerprint import differences, fingerprint
 from .sharding import gathered, part
 
 STATE = "trainer_state.json"
 STAGE = "_saving"  # transformers uploads no folder that starts with an underscore
 REPLACED = "replaced"
 SCHEDULE = "scheduler.pt"
+DATA = "training_data.json"
 # Layouts, and what each keeps the optimizer in. Where transformers does not find both it and the schedule, it goes on
 # with fresh ones, without a word.
 WHOLE, FULL, SHARDED, DEEPSPEED = "whole", "full", "sharded", "deepspeed"
@@ -171,6 +175,22 @@ def last_good_checkpoint(run: Path, *needs) -> tuple[Path | None, list[str]]:
     return None, refused
 
 
+def resumed_checkpoint(args: TrainingArguments) -> Path | None:
+    """The checkpoint that a run of these arguments will go on from, to be asked before there is a Trainer.
+
+    Raises: CheckpointError if it cannot be resumed.
+    """
+    wanted, run = args.resume_from_checkpoint, Path(args.output_dir)
+    if not wanted:
+        return None
+    if wanted is not True:
+        check_resumable(Path(wanted))
+        return Path(wanted)
+    if args.should_save:
+        settle(run)
+    return last_good_checkpoint(run)[0]
+
+
 def explain(error: Exception, run: str) -> str:
     """An error's message; of a disk that fills up outside a save (in a log, say) with what is left of the run, because
     the system's words name no file."""
@@ -193,6 +213,7 @@ class AtomicCheckpoints:
     """
 
     _staging = False
+    _fingerprint: dict[str, int | str] | None = None  # of what the run under way trains on
 
     def __init__(self, model, args, *further, **kwargs):
         # transformers refuses to save a model that it shared itself (experts), since its own checkpoints of one would
@@ -219,6 +240,8 @@ class AtomicCheckpoints:
                 self.state.best_model_checkpoint = str(final)
                 if self.args.should_save:
                     self.state.save_to_json(str(staged / STATE))
+            if self.args.should_save and self._fingerprint is not None:
+                (staged / DATA).write_text(json.dumps(self._fingerprint, indent=2) + "\n")
             self.accelerator.wait_for_everyone()  # every rank has written its files
             if self.args.should_save:
                 commit(run, name)
@@ -256,8 +279,11 @@ class AtomicCheckpoints:
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """As in Trainer; True is the last complete checkpoint of the output folder, or none if there is none.
 
-        Raises: CheckpointError if the checkpoint, or with True every one, is damaged or of another model.
+        Raises: CheckpointError if the checkpoint, or with True every one, is damaged or of another model, or if it was
+            trained on other rows than this run's.
         """
+        # Before the data is read: a stream is in one place at a time.
+        self._fingerprint = fingerprint(self.train_dataset, self.args.seed)
         run = Path(self.args.output_dir)
         if self.args.should_save:
             settle(run)
@@ -272,6 +298,7 @@ class AtomicCheckpoints:
                 check_resumable(Path(resume_from_checkpoint), *self._needs)
             if resume_from_checkpoint:
                 notes += self._other_draws(Path(resume_from_checkpoint))
+                notes += self._other_data(Path(resume_from_checkpoint))
         if self.is_world_process_zero():
             for note in notes:
                 print(note)
@@ -317,6 +344,24 @@ class AtomicCheckpoints:
             f"{str(checkpoint)!r} was written by {count} process{'es' if count > 1 else ''}, and this run has "
             f"{self.args.world_size}: what is drawn at random (noise in routers, dropout) is drawn anew"
         ]
+
+    def _other_data(self, checkpoint: Path) -> list[str]:
+        """A warning where it is not known what a checkpoint was trained on. Raises: CheckpointError for other data."""
+        if self._fingerprint is None:
+            return []
+        if not (checkpoint / DATA).is_file():
+            return [f"{str(checkpoint)!r} has no {DATA}: whether it was trained on this data is not known"]
+        try:
+            found = differences(json.loads((checkpoint / DATA).read_text()), self._fingerprint)
+        except (ValueError, AttributeError) as error:
+            raise CheckpointError(f"{str(checkpoint / DATA)!r} is damaged: {error}") from error
+        if found:
+            raise CheckpointError(
+                f"{str(checkpoint)!r} was not trained on this data: {listed(found)}. A resume goes on with the same "
+                "rows in the same order: give it the data, and the recipe's data section, that it had; to train on "
+                "this data start anew into another output_dir, or there from its weights (model.checkpoint)"
+            )
+        return []
 
     @property
     def _whole_by_fsdp(self) -> bool:

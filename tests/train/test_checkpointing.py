@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import Trainer, TrainingArguments, modeling_utils
+from transformers import AutoTokenizer, Trainer, TrainingArguments, modeling_utils
 
 from modeling_nanodeepseek import LoadBalancingCallback, NanoDeepSeekForCausalLM
 from modeling_nanodeepseek.stacking import CheckpointError
@@ -316,6 +316,35 @@ def test_a_checkpoint_of_another_layout_or_count(whole, tmp_path):
         with pytest.raises(CheckpointError, match="lacks the generators' states of its processes"):
             check_resumable(folder, DEEPSPEED, generators)
     check_resumable(folder, DEEPSPEED, {"rng_state_1.pth"})  # on the second of two nodes
+
+
+def test_a_resume_on_other_data_is_one_clear_error(whole, recipe, tmp_path, corpus, capsys):
+    """A file more would be another tokenizer, other rows in another order, and other documents held out."""
+    shutil.copytree(whole / "checkpoint-6", tmp_path / "run" / "checkpoint-6")
+    (corpus / "61.txt").write_text("Another text of other words altogether, 0123456789.\n" * 20)
+    with pytest.raises(SystemExit) as caught:
+        pretrain.main(command(recipe(), tmp_path))
+    message = str(caught.value)
+    assert message.startswith("error: ") and "\n" not in message
+    rows = json.loads((whole / "checkpoint-6" / "training_data.json").read_text())["rows"]
+    for words in ("checkpoint-6' was not trained on", f"rows {rows} then", "output_dir", "model.checkpoint"):
+        assert words in message, message
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoint-6"]
+    # The tokenizer is the checkpoint's, whatever one trained on these texts would be.
+    own, new, resumed = (
+        pretrain.build_trainer(given, pretrain.training_arguments(given)).processing_class.get_vocab()
+        for given in (recipe("whole", resume_from_checkpoint=str(whole / "checkpoint-6")), recipe("new"), recipe())
+    )
+    saved = AutoTokenizer.from_pretrained(whole / "checkpoint-6").get_vocab()
+    assert own == resumed == saved and new != saved
+    (corpus / "61.txt").unlink()
+    with pytest.raises(SystemExit, match="was not trained on this data: seed 3 then and 4 now. A resume"):
+        pretrain.main(command(recipe(seed=4, data_seed=3), tmp_path))
+    (tmp_path / "run" / "checkpoint-6" / "training_data.json").unlink()  # of a run before there was one
+    capsys.readouterr()
+    pretrain.run(recipe())
+    assert "training_data.json: whether it was trained on this data is not known" in capsys.readouterr().out
+    assert_same_run(tmp_path / "run", whole)
 
 
 class Evil:
