@@ -1,15 +1,19 @@
 """Checkpoints of a run that are whole or not there, and a resume from the last one that can be read."""
 
+import json
 import os
 import pickle
 import shutil
 import zipfile
+from collections.abc import Collection
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from transformers import TrainingArguments
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
@@ -25,11 +29,25 @@ from modeling_nanodeepseek.stacking import (
 )
 
 from .faults import disk_is_full
+from .fingerprint import differences, fingerprint
 from .sharding import gathered, part
 
 STATE = "trainer_state.json"
 STAGE = "_saving"  # transformers uploads no folder that starts with an underscore
 REPLACED = "replaced"
+SCHEDULE = "scheduler.pt"
+DATA = "training_data.json"
+# Layouts, and what each keeps the optimizer in. Where transformers does not find both it and the schedule, it goes on
+# with fresh ones, without a word.
+WHOLE, FULL, SHARDED, DEEPSPEED = "whole", "full", "sharded", "deepspeed"
+OPTIMIZERS = {WHOLE: "optimizer.pt", FULL: "optimizer.bin", SHARDED: "optimizer_0", DEEPSPEED: "global_step*"}
+NAMES = {
+    WHOLE: "a run without DeepSpeed or FSDP's own format",
+    FULL: "a run of adapters under FSDP",
+    SHARDED: "a run under FSDP with SHARDED_STATE_DICT",
+    DEEPSPEED: "a run under DeepSpeed",
+}
+FROM_WEIGHTS = "to start a new run from its weights give it as model.checkpoint"
 
 
 def commit(run: Path, name: str):
@@ -76,10 +94,14 @@ def rotate(run: Path, limit: int | None, protected: set[str]):
         shutil.rmtree(run / STAGE, ignore_errors=True)
 
 
-def check_resumable(checkpoint: Path):
+def check_resumable(checkpoint: Path, layout: str | None = None, generators: Collection[str] = ()):
     """Raises CheckpointError unless every file that a resume reads is there and complete.
 
     Read are the headers of weights, the state, and the ends of torch's archives (where a cut-off file differs).
+
+    Args:
+        layout: of the run that is to go on, a key of `OPTIMIZERS`; default: that of the checkpoint.
+        generators: the files of generators' states that this run reads; those of another number of processes do too.
     """
     if not checkpoint.is_dir():
         raise CheckpointError(f"{str(checkpoint)!r} is no folder")
@@ -97,31 +119,76 @@ def check_resumable(checkpoint: Path):
         tensor_shapes(adapter)
     if not weight_files(checkpoint) and not others:
         raise CheckpointError(f"{str(checkpoint)!r} has no weights")
-    if not any(path.name.startswith(("optimizer", "global_step")) for path in checkpoint.iterdir()):
+    _check_optimizer(checkpoint, layout)
+    here = {path.name for path in checkpoint.glob("rng_state*.pth")}
+    if not (generators and here.issuperset(generators)) and not (here and here == generator_files(len(here))):
         raise CheckpointError(
-            f"{str(checkpoint)!r} has no optimizer state, so it cannot be resumed; to start a new run from its weights "
-            "give it as model.checkpoint"
+            f"{str(checkpoint)!r} lacks the generators' states of its processes (rng_state*.pth), without which its "
+            f"run would not go on as it would have; {FROM_WEIGHTS}"
         )
     for archive in sorted((*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth"))):
         if not zipfile.is_zipfile(archive):
             raise CheckpointError(f"{str(archive)!r} is damaged or was cut short")
 
 
-def last_good_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
+def _check_optimizer(checkpoint: Path, layout: str | None):
+    """Raises CheckpointError unless the optimizer's and the schedule's states are there, in this layout."""
+    written = [name for name, file in OPTIMIZERS.items() if any(checkpoint.glob(file))]
+    if not written:
+        raise CheckpointError(f"{str(checkpoint)!r} has no optimizer state, so it cannot be resumed; {FROM_WEIGHTS}")
+    if layout is not None and layout not in written:
+        raise CheckpointError(
+            f"{str(checkpoint)!r} has no {OPTIMIZERS[layout]}, which {NAMES[layout]} would go on from: it was written "
+            f"by {NAMES[written[0]]} ({OPTIMIZERS[written[0]]}). Resume it with a launch file of that kind; "
+            f"{FROM_WEIGHTS}"
+        )
+    # DeepSpeed keeps the schedule in its folder, or transformers asks for the file itself.
+    if (layout or written[0]) != DEEPSPEED and not (checkpoint / SCHEDULE).is_file():
+        raise CheckpointError(
+            f"{str(checkpoint)!r} has no {SCHEDULE}, the state of the learning rate's schedule, so it cannot be "
+            f"resumed; {FROM_WEIGHTS}"
+        )
+
+
+def generator_files(processes: int) -> set[str]:
+    """What so many processes save their generators' states in."""
+    return {f"rng_state_{rank}.pth" for rank in range(processes)} if processes > 1 else {"rng_state.pth"}
+
+
+def last_good_checkpoint(run: Path, *needs) -> tuple[Path | None, list[str]]:
     """The latest checkpoint of a run that can be resumed, or None without any; and why later ones cannot.
+
+    Args:
+        needs: of the run, as `check_resumable` takes them.
 
     Raises: CheckpointError if there are checkpoints and none is whole.
     """
     refused = []
     for checkpoint in checkpoints(run):
         try:
-            check_resumable(checkpoint)
+            check_resumable(checkpoint, *needs)
             return checkpoint, refused
         except CheckpointError as error:
             refused.append(str(error))
     if refused:
         raise CheckpointError(f"no checkpoint in {str(run)!r} can be resumed: {listed(refused)}")
     return None, refused
+
+
+def resumed_checkpoint(args: TrainingArguments) -> Path | None:
+    """The checkpoint that a run of these arguments will go on from, to be asked before there is a Trainer.
+
+    Raises: CheckpointError if it cannot be resumed.
+    """
+    wanted, run = args.resume_from_checkpoint, Path(args.output_dir)
+    if not wanted:
+        return None
+    if wanted is not True:
+        check_resumable(Path(wanted))
+        return Path(wanted)
+    if args.should_save:
+        settle(run)
+    return last_good_checkpoint(run)[0]
 
 
 def explain(error: Exception, run: str) -> str:
@@ -146,6 +213,7 @@ class AtomicCheckpoints:
     """
 
     _staging = False
+    _fingerprint: dict[str, int | str] | None = None  # of what the run under way trains on
 
     def __init__(self, model, args, *further, **kwargs):
         # transformers refuses to save a model that it shared itself (experts), since its own checkpoints of one would
@@ -172,6 +240,8 @@ class AtomicCheckpoints:
                 self.state.best_model_checkpoint = str(final)
                 if self.args.should_save:
                     self.state.save_to_json(str(staged / STATE))
+            if self.args.should_save and self._fingerprint is not None:
+                (staged / DATA).write_text(json.dumps(self._fingerprint, indent=2) + "\n")
             self.accelerator.wait_for_everyone()  # every rank has written its files
             if self.args.should_save:
                 commit(run, name)
@@ -209,20 +279,29 @@ class AtomicCheckpoints:
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """As in Trainer; True is the last complete checkpoint of the output folder, or none if there is none.
 
-        Raises: CheckpointError if the checkpoint, or with True every one, is damaged or of another model.
+        Raises: CheckpointError if the checkpoint, or with True every one, is damaged or of another model, or if it was
+            trained on other rows than this run's.
         """
+        # Before the data is read: a stream is in one place at a time.
+        self._fingerprint = fingerprint(self.train_dataset, self.args.seed)
         run = Path(self.args.output_dir)
         if self.args.should_save:
             settle(run)
         self.accelerator.wait_for_everyone()
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint, refused = last_good_checkpoint(run)
-            if self.is_world_process_zero():
-                for problem in refused:
-                    print(f"passed over: {problem}")
-                print(f"resuming from {resume_from_checkpoint or 'the start: there is no checkpoint'}")
-        elif resume_from_checkpoint:
-            check_resumable(Path(resume_from_checkpoint))
+        with agreed():
+            notes = []
+            if resume_from_checkpoint is True:
+                resume_from_checkpoint, refused = last_good_checkpoint(run, *self._needs)
+                notes = [f"passed over: {problem}" for problem in refused]
+                notes.append(f"resuming from {resume_from_checkpoint or 'the start: there is no checkpoint'}")
+            elif resume_from_checkpoint:
+                check_resumable(Path(resume_from_checkpoint), *self._needs)
+            if resume_from_checkpoint:
+                notes += self._other_draws(Path(resume_from_checkpoint))
+                notes += self._other_data(Path(resume_from_checkpoint))
+        if self.is_world_process_zero():
+            for note in notes:
+                print(note)
         if not resume_from_checkpoint:
             return super().train(None, *args, **kwargs)
         state = TrainerState.load_from_json(str(Path(resume_from_checkpoint, STATE)))
@@ -243,6 +322,52 @@ class AtomicCheckpoints:
         return TrainOutput(state.global_step, 0.0, {})
 
     @property
+    def _needs(self) -> tuple[str, set[str]]:
+        """What this run goes on from: a layout, and files of generators' states."""
+        if self.is_deepspeed_enabled:
+            layout = DEEPSPEED
+        elif self.is_fsdp_enabled and not self._shares:
+            layout = FULL if self._whole_by_fsdp else SHARDED
+        else:
+            layout = WHOLE
+        files = generator_files(self.args.world_size)
+        if self.args.save_on_each_node and self.args.world_size > 1:  # the other nodes' files are there
+            files = {f"rng_state_{self.args.process_index}.pth"}
+        return layout, files
+
+    def _other_draws(self, checkpoint: Path) -> list[str]:
+        """A warning where another number of processes wrote the checkpoint: transformers only logs it."""
+        if all((checkpoint / name).is_file() for name in self._needs[1]):
+            return []
+        count = len(list(checkpoint.glob("rng_state*.pth")))
+        return [
+            f"{str(checkpoint)!r} was written by {count} process{'es' if count > 1 else ''}, and this run has "
+            f"{self.args.world_size}: what is drawn at random (noise in routers, dropout) is drawn anew"
+        ]
+
+    def _other_data(self, checkpoint: Path) -> list[str]:
+        """A warning where it is not known what a checkpoint was trained on. Raises: CheckpointError for other data."""
+        if self._fingerprint is None:
+            return []
+        if not (checkpoint / DATA).is_file():
+            return [f"{str(checkpoint)!r} has no {DATA}: whether it was trained on this data is not known"]
+        try:
+            found = differences(json.loads((checkpoint / DATA).read_text()), self._fingerprint)
+        except (ValueError, AttributeError) as error:
+            raise CheckpointError(f"{str(checkpoint / DATA)!r} is damaged: {error}") from error
+        if found:
+            raise CheckpointError(
+                f"{str(checkpoint)!r} was not trained on this data: {listed(found)}. A resume goes on with the same "
+                "rows in the same order: give it the data, and the recipe's data section, that it had; to train on "
+                "this data start anew into another output_dir, or there from its weights (model.checkpoint)"
+            )
+        return []
+
+    @property
+    def _whole_by_fsdp(self) -> bool:
+        return "FULL_STATE_DICT" in str(self.accelerator.state.fsdp_plugin.state_dict_type)
+
+    @property
     def _shares(self) -> bool:
         """Whether processes share the parameters and checkpoints are whole all the same.
 
@@ -252,7 +377,7 @@ class AtomicCheckpoints:
         if hasattr(self.model, "peft_config"):
             return False
         if self.is_fsdp_enabled:
-            return "FULL_STATE_DICT" in str(self.accelerator.state.fsdp_plugin.state_dict_type)
+            return self._whole_by_fsdp
         return getattr(self, "is_distributed_loading_by_transformers", False)
 
     def _save_optimizer_and_scheduler(self, output_dir: str):
@@ -343,6 +468,21 @@ class AtomicCheckpoints:
         problems += [f"{name} has no place in the model" for name in sorted(unexpected)]
         if problems:
             raise RuntimeError(listed(problems))
+
+
+@contextmanager
+def agreed():
+    """A CheckpointError of one process, of what lies on its disk, as an error of all: the others would wait for it."""
+    error = None
+    try:
+        yield
+    except CheckpointError as caught:
+        error = caught
+    messages = [message for message in gather_object([error and str(error)]) if message]
+    if error is None and messages:
+        raise CheckpointError(messages[0])
+    if error is not None:
+        raise error
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from modeling_nanodeepseek.saving import replacing
 from .accounting import count_parameters
 from .adapters import refuse_adapter
 from .card import tables
-from .checkpointing import STATE, checkpoints, explain
+from .checkpointing import STATE, checkpoints, explain, resumed_checkpoint
 from .data import Packer, collate, hold_out, load_documents, pack
 from .faults import NonFiniteError, full_disks_of_threads, lost_others
 from .fp8 import convert_to_fp8, describe_fp8, launched_in_fp8, precision_of, trains_in_fp8
@@ -87,7 +87,7 @@ def training_rows(recipe: Recipe, documents, tokenizer, seed: int):
     settings = {"fim_rate": data.fim_rate, "seed": seed, "cut_documents": data.cut_documents}
     if data.streaming:
         stream = StreamedRows(
-            documents, Packer(tokenizer, data.sequence_length, **settings), data.held_out_documents, seed
+            documents, Packer(tokenizer, data.sequence_length, **settings), data.held_out_documents, seed, data.source
         )
         next(iter(stream))  # raises if there is none
         return stream
@@ -115,10 +115,14 @@ def checkpoint_of(recipe: Recipe) -> str | None:
     return checkpoint
 
 
-def load_tokenizer(recipe: Recipe, documents):
+def load_tokenizer(recipe: Recipe, documents, resumed: Path | None = None):
+    """The one that the recipe names, or else a trained one: of the checkpoint that is resumed, whose weights know no
+    other, or new."""
     checkpoint, path = checkpoint_of(recipe), recipe.tokenizer.path
     if path or checkpoint:
         return read_tokenizer(folder_or_name(path, "tokenizer.path") if path else checkpoint)
+    if resumed is not None:
+        return read_tokenizer(str(resumed))
 
     def texts():
         left = recipe.tokenizer.train_megabytes * 1e6
@@ -226,8 +230,9 @@ def build_trainer(
 ) -> NanoDeepSeekTrainer:
     """Everything up to the first step: data read, tokenizer trained, model built, rows packed."""
     with args.main_process_first(desc="preparing data"):
+        resumed = resumed_checkpoint(args)
         train_documents, validation_documents = load_data(recipe)
-        tokenizer = load_tokenizer(recipe, train_documents)
+        tokenizer = load_tokenizer(recipe, train_documents, resumed)
         set_seed(args.seed)  # the weights depend on the seed alone, not on what was read before
         model = load_model(recipe, tokenizer)
         length, workers = recipe.data.sequence_length, recipe.data.workers

@@ -115,12 +115,16 @@ class StreamedRows(RowStream):
         packer: what makes rows of them.
         held_out: so many documents at the beginning are left out.
         seed: of the order.
+        source: of the documents, as the recipe names it.
 
     Raises: ValueError, while iterating, if there is nothing beyond what is held out.
     """
 
-    def __init__(self, documents: IterableDataset, packer: Packer, held_out: int = 0, seed: int = 0):
+    def __init__(
+        self, documents: IterableDataset, packer: Packer, held_out: int = 0, seed: int = 0, source: Any = None
+    ):
         super().__init__()
+        self.source = source
         self.documents, self.packer, self.held_out, self.seed = documents, packer, held_out, seed
         self._blocks: deque[dict[str, Any]] = deque()  # where each block started, the latest last
 
@@ -152,6 +156,11 @@ class StreamedRows(RowStream):
                     "out (data.validation_documents)"
                 )
             epoch, number, state = epoch + 1, 0, None
+
+    def first_block(self) -> list[list[int]]:
+        """The tokens of the first 1000 documents' rows. Not to be called while the stream is read."""
+        texts, _ = next(self._blocks_of(None))
+        return self.packer(texts)["input_ids"]
 
     def _blocks_of(self, state: dict | None) -> Iterator[tuple[list[str], dict]]:
         """Texts, 1000 at a time, and the state of the documents after them."""

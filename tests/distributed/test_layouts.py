@@ -4,6 +4,7 @@ experts and biases; each half of it resumed under another layout; a killed proce
 In every run one process routes all its tokens to one expert: none waits for the others in a place they do not reach.
 """
 
+import os
 import shutil
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from tests.conftest import EARLIER_TRANSFORMERS
 from tests.distributed.launching import LENGTH, MODEL, ROWS, STEPS, killed, launch, train, train_on_thirteen
 from tests.small_run import text
+from train import checkpointing, pretrain
 from train.recipe import Recipe
 
 TERMS = ("loss", "ce_loss", "mtp_loss_1", "index_loss", "balance_loss")
@@ -149,3 +151,25 @@ def test_a_killed_process_stops_the_others(folder, recipe, results):
     assert stopped.stat().st_mtime - died.stat().st_mtime < 20
     assert f"trainer.resume_from_checkpoint=true goes on from '{folder / 'killed' / 'checkpoint-2'}'" in errors[0]
     assert_same(results("fsdp2", 2, resume="killed"), alone)
+
+
+def with_other_data(recipe: Recipe):
+    """A run whose second process reads other rows than the checkpoint's."""
+    if os.environ["RANK"] == "1":
+        checkpointing.fingerprint = lambda *args: {"rows": 1}
+    pretrain.launch(train, recipe)
+
+
+def test_a_problem_of_one_process_ends_all(folder, recipe, results):
+    """Rather than that the first would wait for the second."""
+    results("single")
+    _, errors = launch("ddp", 2, folder / "results" / "other", with_other_data, recipe("other", 2, resume="single-1"))
+    assert set(errors) == {0, 1} and errors[0] == errors[1]
+    assert errors[0].startswith("error: ") and f"was not trained on this data: rows {STEPS * ROWS} then" in errors[0]
+
+
+def test_another_number_of_processes_is_told(folder, results):
+    results("single")
+    results("fsdp2", 4, resume="single-1")
+    log = (folder / "results" / "fsdp2-4-from-single-1" / "0.log").read_text()
+    assert "checkpoint-2' was written by 1 process, and this run has 4: what is drawn at random" in log

@@ -10,15 +10,24 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import Trainer, TrainingArguments, modeling_utils
+from transformers import AutoTokenizer, Trainer, TrainingArguments, modeling_utils
 
 from modeling_nanodeepseek import LoadBalancingCallback, NanoDeepSeekForCausalLM
+from modeling_nanodeepseek.stacking import CheckpointError
 from tests.conftest import tiny_model, tokens
 from tests.killing import at_change, killed
 from tests.small_run import TINY_MODEL
 from train import checkpointing, pretrain
 from train import trainer as trainer_module
-from train.checkpointing import STAGE, AtomicCheckpoints, check_resumable, checkpoints, last_good_checkpoint
+from train.checkpointing import (
+    DEEPSPEED,
+    STAGE,
+    WHOLE,
+    AtomicCheckpoints,
+    check_resumable,
+    checkpoints,
+    last_good_checkpoint,
+)
 
 STEPS = 8
 # Noise in the router, so that the generators' states matter; two shards, two kinds of optimizer, a moving schedule.
@@ -254,12 +263,22 @@ def cut(name):
     return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:-100])
 
 
+def by_deepspeed(folder):
+    """What a run under ZeRO-3 leaves: whole weights, and the rest in a folder of its own."""
+    for name in ("optimizer.pt", "scheduler.pt"):
+        (folder / name).unlink()
+    (folder / f"global_step{folder.name.removeprefix('checkpoint-')}").mkdir()
+
+
 DAMAGED = {
     "no state": (remove("trainer_state.json"), ["has no trainer_state.json"]),
     "half a state": (cut("trainer_state.json"), ["trainer_state.json' is damaged"]),
     "no weights": (remove("model.safetensors"), ["has no weights"]),
     "cut weights": (cut("model.safetensors"), ["model.safetensors' is no complete safetensors file"]),
     "no optimizer": (remove("optimizer.pt"), ["has no optimizer state", "model.checkpoint"]),
+    "no schedule": (remove("scheduler.pt"), ["has no scheduler.pt", "model.checkpoint"]),
+    "no generators": (remove("rng_state.pth"), ["lacks the generators' states", "model.checkpoint"]),
+    "another layout": (by_deepspeed, ["has no optimizer.pt", "under DeepSpeed (global_step*)", "launch file of that"]),
     "cut optimizer": (cut("optimizer.pt"), ["optimizer.pt' is damaged or was cut short"]),
     "cut generators": (cut("rng_state.pth"), ["rng_state.pth' is damaged or was cut short"]),
     "cut schedule": (cut("scheduler.pt"), ["scheduler.pt' is damaged or was cut short"]),
@@ -271,13 +290,61 @@ def test_damaged_checkpoints_are_passed_over_or_named(case, whole, tmp_path):
     damage, words = DAMAGED[case]
     shutil.copytree(whole, tmp_path / "run")
     damage(tmp_path / "run" / "checkpoint-8")
-    good, refused = last_good_checkpoint(tmp_path / "run")
+    needs = (WHOLE, {"rng_state.pth"})
+    good, refused = last_good_checkpoint(tmp_path / "run", *needs)
     assert good.name == "checkpoint-6" and len(refused) == 1
     damage(tmp_path / "run" / "checkpoint-6")
     with pytest.raises(OSError, match="no checkpoint in .* can be resumed: ") as caught:
-        last_good_checkpoint(tmp_path / "run")
+        last_good_checkpoint(tmp_path / "run", *needs)
     for message in (refused[0], str(caught.value)):
         assert all(word in message for word in ["checkpoint-8", *words]), message
+
+
+def test_a_checkpoint_of_another_layout_or_count(whole, tmp_path):
+    """Every layout's own is taken, also where none is asked for; of other processes only all of their generators."""
+    folder = tmp_path / "checkpoint-8"
+    shutil.copytree(whole / "checkpoint-8", folder)
+    with pytest.raises(CheckpointError, match=r"has no global_step\*, which a run under DeepSpeed .*\(optimizer.pt\)"):
+        check_resumable(folder, DEEPSPEED)
+    by_deepspeed(folder)
+    check_resumable(folder, DEEPSPEED, {"rng_state.pth"})
+    check_resumable(folder)
+    two = {"rng_state_0.pth", "rng_state_1.pth"}
+    check_resumable(folder, DEEPSPEED, two)  # one process wrote it
+    (folder / "rng_state.pth").rename(folder / "rng_state_1.pth")
+    for generators in (two, {"rng_state.pth"}):
+        with pytest.raises(CheckpointError, match="lacks the generators' states of its processes"):
+            check_resumable(folder, DEEPSPEED, generators)
+    check_resumable(folder, DEEPSPEED, {"rng_state_1.pth"})  # on the second of two nodes
+
+
+def test_a_resume_on_other_data_is_one_clear_error(whole, recipe, tmp_path, corpus, capsys):
+    """A file more would be another tokenizer, other rows in another order, and other documents held out."""
+    shutil.copytree(whole / "checkpoint-6", tmp_path / "run" / "checkpoint-6")
+    (corpus / "61.txt").write_text("Another text of other words altogether, 0123456789.\n" * 20)
+    with pytest.raises(SystemExit) as caught:
+        pretrain.main(command(recipe(), tmp_path))
+    message = str(caught.value)
+    assert message.startswith("error: ") and "\n" not in message
+    rows = json.loads((whole / "checkpoint-6" / "training_data.json").read_text())["rows"]
+    for words in ("checkpoint-6' was not trained on", f"rows {rows} then", "output_dir", "model.checkpoint"):
+        assert words in message, message
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoint-6"]
+    # The tokenizer is the checkpoint's, whatever one trained on these texts would be.
+    own, new, resumed = (
+        pretrain.build_trainer(given, pretrain.training_arguments(given)).processing_class.get_vocab()
+        for given in (recipe("whole", resume_from_checkpoint=str(whole / "checkpoint-6")), recipe("new"), recipe())
+    )
+    saved = AutoTokenizer.from_pretrained(whole / "checkpoint-6").get_vocab()
+    assert own == resumed == saved and new != saved
+    (corpus / "61.txt").unlink()
+    with pytest.raises(SystemExit, match="was not trained on this data: seed 3 then and 4 now. A resume"):
+        pretrain.main(command(recipe(seed=4, data_seed=3), tmp_path))
+    (tmp_path / "run" / "checkpoint-6" / "training_data.json").unlink()  # of a run before there was one
+    capsys.readouterr()
+    pretrain.run(recipe())
+    assert "training_data.json: whether it was trained on this data is not known" in capsys.readouterr().out
+    assert_same_run(tmp_path / "run", whole)
 
 
 class Evil:
@@ -307,6 +374,8 @@ LAYER = "model.layers.1"
 REFUSED = {  # what is done to checkpoint-6, what is changed in the recipe, words of the message
     "cut weights": (cut("model.safetensors"), [], ["model.safetensors' is no complete safetensors file"]),
     "absent": (shutil.rmtree, [], ["checkpoint-6' is no folder"]),
+    "no schedule": (remove("scheduler.pt"), [], ["has no scheduler.pt"]),
+    "another layout": (by_deepspeed, [], ["has no optimizer.pt", "under DeepSpeed"]),
     "an expert is missing": (
         without(f"{LAYER}.mlp.experts.2.up_proj.weight"), [],
         ["does not fit this run", f"{LAYER}.mlp.experts.2.up_proj.weight is missing"],

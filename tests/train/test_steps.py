@@ -126,6 +126,9 @@ def test_everything_on_killed_and_resumed_is_the_uninterrupted_run(streamed, tmp
     changed.trainer["resume_from_checkpoint"] = str(tmp_path / "in a later step/run/checkpoint-4")
     with pytest.raises(OSError, match="has taken 10 sequences by step 4, and this run would have taken"):
         pretrain.run(changed)
+    Dataset.from_dict({"text": [text(99)]}).to_parquet(tmp_path / "fineweb" / "9.parquet")
+    with pytest.raises(OSError, match="checkpoint-4' was not trained on this data: files 3 then and 4 now; bytes"):
+        pretrain.run(changed)
 
 
 class Rows(TrainerCallback):
