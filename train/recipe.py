@@ -2,8 +2,8 @@
 
 Any field can be set on the command line by its dotted path, the value in YAML:
 
-    accelerate launch -m train.pretrain --config configuration/recipes/quickstart.yaml optimizer.matrix_lr=0.01 \
-        model.overrides.attention_type=gqa 'data.source=[a.txt, b.txt]'
+    accelerate launch --quiet -m train.pretrain --config configuration/recipes/quickstart.yaml \
+        optimizer.matrix_lr=0.01 model.overrides.attention_type=gqa 'data.source=[a.txt, b.txt]'
 """
 
 import argparse
