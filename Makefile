@@ -14,7 +14,7 @@ floor = $(shell sed -n 's/^ *$(1)>=//p' setup.cfg)
 .PHONY: quickstart test conformance versions lint format install clean
 
 quickstart: install
-	$(BIN)/accelerate launch --config_file configuration/accelerate/single.yaml \
+	$(BIN)/accelerate launch --quiet --config_file configuration/accelerate/single.yaml \
 		-m train.pretrain --config configuration/recipes/quickstart.yaml
 
 test: install

@@ -1,1 +1,1 @@
-"""The training pipeline, run from a clone: `accelerate launch -m train.pretrain --config configuration/recipes/...`."""
+"""The training pipeline, run from a clone: `accelerate launch --quiet -m train.pretrain --config RECIPE`."""

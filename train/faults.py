@@ -1,10 +1,12 @@
-"""What stops a run: losses and gradients that are no numbers, named with the step and the module; a full disk under a
-thread that writes a log."""
+"""What stops a run: losses and gradients that are no numbers, named with the step and the module; the end of another
+process; a full disk under a thread that writes a log."""
 
 import errno
 import math
+import os
+import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -17,14 +19,52 @@ class NonFiniteError(RuntimeError):
     """A loss or a gradient is NaN or infinite."""
 
 
+class Stopped(BaseException):
+    """SIGTERM. No Exception: nothing between a step and the program takes it for a problem of its own."""
+
+
+# What gloo, torch's store and NCCL say in a process whose peer is gone. Whatever else they say is a problem of its own.
+LOST = (
+    "connection closed by peer",
+    "connection reset by peer",
+    "broken pipe",
+    "connection was likely closed",
+    "ncclremoteerror",
+    "remote process exit",
+    "watchdog caught collective operation timeout",
+)
+
+
 def lost_others(error: RuntimeError) -> bool:
     """Whether this process stops because another has ended: what it was waiting for will not come."""
-    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
+    return any(text in str(error).lower() for text in LOST)
 
 
-def non_finite_gradients(model: nn.Module) -> list[str]:
-    """Parameters whose gradient (of FSDP, this rank's part of it) holds NaN or infinity."""
-    grads = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+@contextmanager
+def heed_sigterm() -> Iterator[None]:
+    """SIGTERM raises Stopped, where a launcher has started several processes: when one has ended, torchrun's agent and
+    accelerate's send it to the others, and SIGKILL to those that are still there 30 s later."""
+    mine = os.getpid()
+
+    def stop(number, frame):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if os.getpid() != mine:  # forked to read or to tokenise; whoever started it ends it this way
+            os.kill(os.getpid(), signal.SIGTERM)
+        raise Stopped
+
+    if int(os.environ.get("WORLD_SIZE", 1)) < 2:
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def non_finite_gradients(parameters: Iterable[tuple[str, nn.Parameter]]) -> list[str]:
+    """Names of parameters whose gradient (of FSDP, this rank's part of it) holds NaN or infinity."""
+    grads = {name: parameter.grad for name, parameter in parameters if parameter.grad is not None}
     parts = {name: grad.to_local() if isinstance(grad, DTensor) else grad for name, grad in grads.items()}
     parts = {name: part for name, part in parts.items() if part.numel()}
     if not parts:
@@ -34,10 +74,9 @@ def non_finite_gradients(model: nn.Module) -> list[str]:
     return [name for name, fine in zip(parts, finite.tolist()) if not fine]
 
 
-@torch.no_grad()
-def first_non_finite(model: nn.Module, inputs: dict) -> str | None:
-    """The innermost module whose output is the first that holds NaN or infinity in a forward on `inputs`; None if none
-    does. A dropout or noise may draw other numbers than before."""
+@contextmanager
+def watch_outputs(model: nn.Module) -> Iterator[list[str]]:
+    """Takes down the innermost module whose output is the first that holds NaN or infinity, as "name (class)"."""
     found: list[str] = []
 
     def look(name: str):
@@ -51,10 +90,18 @@ def first_non_finite(model: nn.Module, inputs: dict) -> str | None:
 
     hooks = [module.register_forward_hook(look(name)) for name, module in model.named_modules() if name]
     try:
-        model(**inputs)
+        yield found
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@torch.no_grad()
+def first_non_finite(model: nn.Module, inputs: dict) -> str | None:
+    """What `watch_outputs` finds in a forward on `inputs`; None if nothing. A dropout or noise may draw other numbers
+    than before."""
+    with watch_outputs(model) as found:
+        model(**inputs)
     return found[0] if found else None
 
 
@@ -69,7 +116,7 @@ def check_finite(accelerator, model: nn.Module, batches: list[tuple[dict, torch.
     """
     model = accelerator.unwrap_model(model)  # which keeps shards
     losses = torch.stack([loss.detach().float() for _, loss in batches])
-    names = [] if accelerator.scaler is not None else non_finite_gradients(model)
+    names = [] if accelerator.scaler is not None else non_finite_gradients(model.named_parameters())
     wrong = torch.cat([~losses.isfinite(), torch.tensor([bool(names)], device=losses.device)])
     *of_losses, of_gradients = accelerator.reduce(wrong.float(), reduction="sum").tolist()
     if any(of_losses):
@@ -77,12 +124,16 @@ def check_finite(accelerator, model: nn.Module, batches: list[tuple[dict, torch.
         message = describe_loss(accelerator, model, prepare(batches[first][0]), losses[first].item())
     elif of_gradients:
         names = list(dict.fromkeys(gather_object(names)))  # of shards, each process knows its own
-        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        loss = accelerator.reduce(losses.sum(), reduction="mean").item()
-        message = f"the loss is {loss:.4f}, and gradients are not finite: {shown}."
+        message = describe_gradients(accelerator.reduce(losses.sum(), reduction="mean").item(), names)
     else:
         return
     raise NonFiniteError(f"step {step}: {message}")
+
+
+def describe_gradients(loss: float, names: list[str]) -> str:
+    """What is told of a finite loss whose gradients are not, for these parameters."""
+    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return f"the loss is {loss:.4f}, and gradients are not finite: {shown}."
 
 
 def describe_loss(accelerator, model: nn.Module, inputs: dict, loss: float) -> str:

@@ -1,4 +1,4 @@
-"""Fine-tuning on chat: `accelerate launch -m train.finetune --config configuration/recipes/finetune.yaml [field=...]`.
+"""Fine-tuning on chat: `accelerate launch --quiet -m train.finetune --config RECIPE [field=value ...]`.
 
 Reads conversations, trains all weights of a checkpoint or (section `lora`) an adapter beside them on what the assistant
 says, through transformers' Trainer or (engine=trl) TRL's SFTTrainer, and saves model or adapter with the tokenizer.

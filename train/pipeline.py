@@ -20,10 +20,10 @@ from transformers import TrainingArguments
 
 from modeling_nanodeepseek.saving import replacing
 
-from .faults import NonFiniteError
+from .faults import NonFiniteError, describe_gradients
 from .fp8 import trains_in_fp8
 from .optimizers import build_optimizer
-from .pipelining import Pipeline
+from .pipelining import Pipeline, check_torch
 from .pretrain import build_trainer, launch, run, training_arguments
 from .recipe import PipelineSection, Recipe, recipe_from_command_line
 from .steps import filled
@@ -38,15 +38,26 @@ HONOURED = {
     "gradient_checkpointing": ((False,), "more stages or smaller micro-batches save memory"),
     "load_best_model_at_end": ((False,), "the last model is saved"),
     "torch_compile": ((False,), "stages run as they are"),
+    "eval_on_start": ((False,), "the model is evaluated at the end"),
+    "data_seed": ((None,), "rows are shuffled by trainer.seed"),
+    "train_sampling_strategy": (("random",), "rows are shuffled by trainer.seed"),
+    "dataloader_num_workers": ((0,), "the first process reads the rows for all"),
+    "neftune_noise_alpha": ((None,), "embeddings are trained without noise"),
+    "use_liger_kernel": ((False,), "stages run as they are"),
+    "auto_find_batch_size": ((False,), "a step has one size"),
+    "torch_empty_cache_steps": ((None,), "memory is kept"),
+    "include_num_input_tokens_seen": (("no",), "a log has the tokens per second"),
+    "enable_jit_checkpoint": ((False,), "a pipeline has no checkpoint to go on from"),
 }
 
 
 def check(recipe: Recipe, args: TrainingArguments):
     """Raises ValueError for settings that a pipeline would not honour."""
+    check_torch((recipe.pipeline or PipelineSection()).schedule)
     for field, (allowed, reason) in HONOURED.items():
-        value = getattr(args, field)
+        value = getattr(args, field, allowed[0])  # an earlier transformers may lack it
         if value not in allowed:
-            shown = " or ".join(json.dumps(choice) for choice in allowed if choice is not None)
+            shown = " or ".join(json.dumps(choice) for choice in allowed if choice is not None or len(allowed) == 1)
             value = json.dumps(getattr(value, "value", value))
             raise ValueError(f"trainer.{field}={value} is not possible in a pipeline, only {shown}: {reason}")
     if recipe.data.streaming or recipe.schedule.batch_ramp is not None:
@@ -99,7 +110,10 @@ class PipelineTrainer(NanoDeepSeekTrainer):
             handler.on_step_begin(args, state, self.control)
             report = pipeline.from_last(pipeline.step(batch))
             self.note(report)
-            norm = self.clip(pipeline, report["loss"].item(), step)
+            norm = pipeline.gradient_norm()
+            self.check_finite(pipeline, batch, report["loss"].item(), norm, step)
+            if args.max_grad_norm:
+                pipeline.clip_gradients(norm, args.max_grad_norm)
             self.optimizer.step()
             rate = scheduler.get_last_lr()[0]
             scheduler.step()
@@ -134,20 +148,17 @@ class PipelineTrainer(NanoDeepSeekTrainer):
                 yield box[0]
             epoch += 1
 
-    def clip(self, pipeline: Pipeline, loss: float, step: int) -> float:
-        """The gradients' norm before clipping. Raises NonFiniteError, on every process, where it or the loss is no
-        number: before what is not finite reaches a weight."""
-        norm = pipeline.clip_gradients(self.args.max_grad_norm or None)
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            names = [n for n, p in pipeline.parameters() if p.grad is not None and not p.grad.isfinite().all()]
-            found: list = [None] * dist.get_world_size()
-            dist.all_gather_object(found, names)
-            where = [f"process {rank}: {', '.join(names[:3])}" for rank, names in enumerate(found) if names]
-            raise NonFiniteError(
-                f"step {step}: the loss is {loss:.4f}, the gradients' norm {norm:.4f}. Not finite are the gradients of "
-                f"{'; '.join(where) or 'nothing'}"
-            )
-        return norm
+    def check_finite(self, pipeline: Pipeline, batch: dict, loss: float, norm: float, step: int):
+        """Raises NonFiniteError, the same on every process, where the loss or the gradients' norm is no number: before
+        gradients are clipped, which would spread it to all of them, and before it reaches a weight."""
+        if math.isfinite(loss) and math.isfinite(norm):
+            return
+        if math.isfinite(loss):
+            names = pipeline.non_finite_gradients() or [f"none by itself, but their norm is {norm}"]
+            raise NonFiniteError(f"step {step}: {describe_gradients(loss, names)}")
+        module = pipeline.first_non_finite(batch)
+        where = f", first in the output of {module}" if module else ""
+        raise NonFiniteError(f"step {step}: the loss is {loss}{where}. No checkpoint holds this step.")
 
     def note(self, report: dict[str, torch.Tensor]):
         """Keeps a step's loss terms for the log, which adds up what the processes have."""

@@ -27,6 +27,8 @@ from modeling_nanodeepseek.modeling_nanodeepseek import target_weights
 from modeling_nanodeepseek.moe import TopkRouter, sequence_balance_loss
 from modeling_nanodeepseek.mtp import all_further, mtp_loss
 
+from .faults import non_finite_gradients, watch_outputs
+
 
 @dataclass(frozen=True)
 class ScheduleKind:
@@ -207,10 +209,10 @@ class Part(nn.ModuleList):
 
 
 def check_torch(schedule: str):
-    """Raises ImportError for a split backward before torch 2.13, which adds up a weight's gradient wrongly where it is
+    """Raises ValueError for a split backward before torch 2.13, which adds up a weight's gradient wrongly where it is
     used twice."""
     if schedule != "1f1b" and torch.__version__ < (2, 13):
-        raise ImportError(
+        raise ValueError(
             f"pipeline.schedule={schedule!r} needs torch 2.13 or later, and this is {torch.__version__}, whose split "
             f"backward sums the gradient of a weight that is used twice wrongly; '1f1b' has no such backward"
         )
@@ -244,8 +246,8 @@ class Pipeline:
         sizes: decoder layers of each stage; default: evenly.
         autocast: bf16.
 
-    Raises: ValueError for a cut or a number of micro-batches that the schedule cannot run; ImportError for a torch that
-        is too old for it.
+    Raises: ValueError for a cut or a number of micro-batches that the schedule cannot run, or a torch that is too old
+        for it.
     """
 
     def __init__(
@@ -338,22 +340,38 @@ class Pipeline:
         return [(n, p) for n, p in self.model.named_parameters() if id(p) in mine and p is not copied]
 
     @torch.no_grad()
-    def clip_gradients(self, most: float | None) -> float:
-        """Scales the gradients so that the norm of all of them, over all processes, is at most that; the norm before.
-
-        As torch.nn.utils.clip_grad_norm_ for one process.
-        """
+    def gradient_norm(self) -> float:
+        """The norm of all gradients, over all processes, as torch.nn.utils.get_total_norm has it on one."""
         grads = [p.grad for _, p in self.parameters() if p.grad is not None]
         squares = torch.stack([grad.float().square().sum() for grad in grads] or [torch.zeros((), device=self.device)])
         total = squares.sum(dtype=torch.float64).float()
         dist.all_reduce(total)
-        norm = total.sqrt()
-        if most is not None:
-            scale = (most / (norm + 1e-6)).clamp(max=1.0)
-            for parameter in self.part.parameters():
-                if parameter.grad is not None:
-                    parameter.grad *= scale
-        return norm.item()
+        return total.sqrt().item()
+
+    @torch.no_grad()
+    def clip_gradients(self, norm: float, most: float):
+        """Scales the gradients, whose norm this is, so that it is at most that, as torch.nn.utils.clip_grad_norm_."""
+        scale = min(1.0, most / (norm + 1e-6))
+        for parameter in self.part.parameters():
+            if parameter.grad is not None:
+                parameter.grad *= scale
+
+    def first_non_finite(self, batch: dict[str, torch.Tensor]) -> str | None:
+        """The module whose output, in this step done again, is the first that holds NaN or infinity; None if none
+        does. Of several processes' the one that comes first in the model: from there on it spreads."""
+        with watch_outputs(self.model) as found:
+            self.step(batch)
+        places = {name: i for i, (name, _) in enumerate(self.model.named_modules())}
+        first: list = [None] * dist.get_world_size()
+        dist.all_gather_object(first, found[0] if found else None)
+        return min(filter(None, first), key=lambda told: places[told.split()[0]], default=None)
+
+    def non_finite_gradients(self) -> list[str]:
+        """Parameters of all processes whose gradient holds NaN or infinity, in the order of the model."""
+        parts: list = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, non_finite_gradients(self.parameters()))
+        found = {name for part in parts for name in part}
+        return [name for name, _ in self.model.named_parameters() if name in found]
 
     def update_expert_bias(self, gamma: float, centre: bool) -> ExpertLoad | None:
         """Loss-free balancing of this process's layers. Each process sees the whole batch, so nothing is summed."""

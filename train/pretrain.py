@@ -1,4 +1,4 @@
-"""Pretraining: `accelerate launch -m train.pretrain --config configuration/recipes/quickstart.yaml [field=value ...]`.
+"""Pretraining: `accelerate launch --quiet -m train.pretrain --config RECIPE [field=value ...]`.
 
 Reads the text, trains a tokenizer if none is given, packs, trains, evaluates, saves model, tokenizer, model card and a
 report with pictures (`report.py`) into `output_dir`, and lets the model speak. `trainer.push_to_hub=true
@@ -6,6 +6,7 @@ trainer.hub_model_id=...` uploads that folder.
 """
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -25,7 +26,7 @@ from .adapters import refuse_adapter
 from .card import tables
 from .checkpointing import STATE, checkpoints, explain, resumed_checkpoint
 from .data import Packer, collate, hold_out, load_documents, pack
-from .faults import NonFiniteError, full_disks_of_threads, lost_others
+from .faults import NonFiniteError, Stopped, full_disks_of_threads, heed_sigterm, lost_others
 from .fp8 import convert_to_fp8, describe_fp8, launched_in_fp8, precision_of, trains_in_fp8
 from .hardware import keep_memory, multiplies_bf16, name_of, use_threads
 from .loading import load_config
@@ -345,24 +346,47 @@ def main(argv: list[str] | None = None):
 
 
 def launch(run: Callable[[Recipe], dict[str, float]], recipe: Recipe):
-    """Runs a recipe as a program does: a problem of the user's ends it with one message."""
+    """Runs a recipe as a program does: a problem of the user's, and the end of another process, end it with one
+    message, which is written before the launcher may kill this process too."""
     keep_memory()
+    try:
+        with heed_sigterm():
+            message = problem(run, recipe)
+            if message is not None:
+                print(message, file=sys.stderr, flush=True)
+    except Stopped:
+        told = "another has ended or all were told to (SIGTERM)"
+        print(f"error: {stops(recipe, told)}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(1)  # a group whose others are gone may wait for them
+    finally:
+        PartialState().destroy_process_group()
+    if message is not None:
+        ended = SystemExit(message)
+        ended.code = 1  # else it would be written again
+        raise ended
+
+
+def problem(run: Callable[[Recipe], dict[str, float]], recipe: Recipe) -> str | None:
+    """Runs a recipe; what to tell the user if it fails for a reason outside the code."""
     try:
         with full_disks_of_threads():
             run(recipe)
     except (ValueError, OSError, StrictDataclassError, NonFiniteError) as error:
-        sys.exit(f"error: {explain(error, recipe.output_dir)}")
+        return f"error: {explain(error, recipe.output_dir)}"
     except RuntimeError as error:
         if not lost_others(error):
             raise
-        last = next(iter(checkpoints(Path(recipe.output_dir))), None)
-        sys.exit(
-            f"error: process {PartialState().process_index} stops, because another has ended "
-            f"({str(error).split('. ')[0]}). "
-            + (f"trainer.resume_from_checkpoint=true goes on from '{last}'" if last else "There is no checkpoint yet")
-        )
-    finally:
-        PartialState().destroy_process_group()
+        first = str(error).splitlines()[0].split(". ")[0]
+        return f"error: {stops(recipe, f'another has ended ({first})')}"
+
+
+def stops(recipe: Recipe, because: str) -> str:
+    """That this process stops, and what to go on from."""
+    last = next(iter(checkpoints(Path(recipe.output_dir))), None)
+    return f"process {os.environ.get('RANK', 0)} stops, because {because}. " + (
+        f"trainer.resume_from_checkpoint=true goes on from '{last}'" if last else "There is no checkpoint yet"
+    )
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
 Any field can be set on the command line by its dotted path, the value in YAML:
 
-    accelerate launch -m train.pretrain --config configuration/recipes/quickstart.yaml optimizer.matrix_lr=0.01 \
-        model.overrides.attention_type=gqa 'data.source=[a.txt, b.txt]'
+    accelerate launch --quiet -m train.pretrain --config configuration/recipes/quickstart.yaml \
+        optimizer.matrix_lr=0.01 model.overrides.attention_type=gqa 'data.source=[a.txt, b.txt]'
 """
 
 import argparse
@@ -31,6 +31,19 @@ AT_LEAST_ONE = {
     "logging_steps",
     "eval_steps",
     "save_steps",
+}
+
+# Of some of them only one value trains what the recipe says; the reason why.
+ONLY = {
+    "label_smoothing_factor": (
+        0.0,
+        "Trainer would compute a loss of its own, of labels that are not shifted, without multi-token prediction, "
+        "balancing and the indexer",
+    ),
+    "average_tokens_across_devices": (
+        True,
+        "each loss term is a share of the mean over the tokens of all processes, and they would not add up to it",
+    ),
 }
 
 
@@ -345,6 +358,9 @@ class Recipe(Section):
         numeric = isinstance(value, (int, float)) and not isinstance(value, bool)
         if key in AT_LEAST_ONE and numeric and value <= 0:
             raise ValueError(f"trainer.{key}={value!r} is not possible: it must be above 0")
+        if key in ONLY and value != ONLY[key][0]:
+            only, reason = ONLY[key]
+            raise ValueError(f"trainer.{key}={value!r} is not possible, only {only!r}: {reason}")
         if key == "max_steps" and numeric and (value < -1 or value == 0):
             raise ValueError(
                 f"trainer.max_steps={value!r} is not possible: at least 1, or -1 to go by num_train_epochs"

@@ -1,14 +1,21 @@
 """Two processes, each with stages of a model, are one process: loss, every gradient, experts' load, whole weights; and
 so is a recipe's run."""
 
+import re
+import shutil
+
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import TrainerCallback
 
 from modeling_nanodeepseek import NanoDeepSeekForCausalLM
 from modeling_nanodeepseek.balancing import routers
 from tests.conftest import EARLIER_TORCH, rms_ratio, tiny_model, tokens
 from tests.distributed.launching import launch
+from tests.distributed.test_faults import message_of
 from tests.small_run import TINY_MODEL
+from tests.train.test_faults import Poison
 from train import pipeline as spread
 from train import pretrain
 from train.pipelining import SCHEDULES, Pipeline
@@ -63,7 +70,7 @@ def differences() -> list[dict]:
             result = {"case": case, "schedule": schedule, "expected": sum(losses).item(), "loss": report["loss"].item()}
             result["same_parts"] = all((a is None) == (b is None) for a, b in pairs)
             result["worst"] = max(rms_ratio(a, b) for a, b in pairs if a is not None and b is not None)
-            result["norms"] = norm, pipeline.clip_gradients(None)
+            result["norms"] = norm, pipeline.gradient_norm()
             of_experts = [
                 torch.equal(gate.tokens_per_expert, load)
                 for gate, load in zip(routers(model), loads)
@@ -91,7 +98,17 @@ RUN = {
     "balance": {"gamma": 0.05},
 }
 STEPS = {"max_grad_norm": 0.5, "logging_steps": 2, "use_cpu": True, "report_to": []}
+STEPS |= {"save_strategy": "steps", "save_steps": 4}
 TERMS = ("loss", "ce_loss", "balance_loss", "index_kl", "mtp_loss_1", "grad_norm", "learning_rate")
+
+
+class Keep(TrainerCallback):
+    """Takes what the output folder holds after four steps elsewhere: the model that a pipeline has saved is replaced at
+    the end."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 4 and args.process_index == 0:
+            shutil.copytree(args.output_dir, f"{args.output_dir}-4")
 
 
 def run(recipe: Recipe, build) -> dict:
@@ -101,6 +118,7 @@ def run(recipe: Recipe, build) -> dict:
     def fewer_rows(recipe):
         kept.append(build(recipe))
         kept[0].train_dataset = kept[0].train_dataset.select(range(32))
+        kept[0].add_callback(Keep())
         return kept[0]
 
     score = pretrain.run(recipe, fewer_rows)
@@ -118,9 +136,27 @@ def logits(model) -> torch.Tensor:
     return model.eval()(tokens(2, 12, vocab=300)).logits
 
 
-def spread_work(recipe: Recipe) -> dict:
-    """In each process: a recipe's run, then `differences`."""
-    return {"run": run(recipe, spread.build), "differences": differences()}
+def spoil_gradient(model):
+    model.model.layers[1].self_attn.o_proj.weight.register_hook(lambda grad: grad * float("nan"))
+
+
+def spoil_output(model):
+    model.model.layers[3].mlp.experts.register_forward_hook(lambda module, args, output: output * float("nan"))
+
+
+def spoiled(recipe: Recipe) -> list[str]:
+    """What ends runs in which a gradient of the first stage, or an output of the last one, is no number."""
+    messages = []
+    for spoil in (spoil_gradient, spoil_output):
+        trainer = spread.build(recipe)
+        trainer.add_callback(Poison(2, spoil))
+        messages.append(message_of(trainer.train))
+    return messages
+
+
+def spread_work(recipe: Recipe, one_stage: Recipe) -> dict:
+    """In each process: a recipe's run, then `differences` and `spoiled`."""
+    return {"run": run(recipe, spread.build), "differences": differences(), "spoiled": spoiled(one_stage)}
 
 
 def alone_build(recipe: Recipe):
@@ -132,8 +168,16 @@ def test_two_processes_are_one(tiny_recipe, tmp_path):
     rows = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
     settings = RUN | {"trainer": STEPS | rows}
     shared = tiny_recipe(output_dir=str(tmp_path / "shared"), pipeline=section, **settings)
-    found, errors = launch("ddp", 2, tmp_path / "results", spread_work, shared)
+    unsaved = settings | {"trainer": settings["trainer"] | {"save_strategy": "no"}}
+    one_stage = tiny_recipe(output_dir=str(tmp_path / "spoiled"), pipeline={"schedule": "1f1b"}, **unsaved)
+    found, errors = launch("ddp", 2, tmp_path / "results", spread_work, shared, one_stage)
     assert not errors, errors
+    gradient, output = found[0]["spoiled"]
+    assert found[1]["spoiled"] == [gradient, output]
+    named = r"gradients are not finite: model\.layers\.1\.self_attn\.o_proj\.weight\."
+    assert re.fullmatch(rf"step 2: the loss is \d+\.\d+, and {named}", gradient), gradient
+    where = "first in the output of model.layers.3.mlp.experts (GatedExperts)"
+    assert output == f"step 2: the loss is nan, {where}. No checkpoint holds this step."
     for process in found:
         assert len(process["differences"]) == sum(map(len, SCHEDULES_OF.values()))
         for result in process["differences"]:
@@ -156,3 +200,10 @@ def test_two_processes_are_one(tiny_recipe, tmp_path):
         saved = logits(NanoDeepSeekForCausalLM.from_pretrained(tmp_path / "shared"))
         assert torch.equal(saved, two["logits"])
         assert rms_ratio(one["logits"], two["logits"]) < 1e-3
+    # What each has saved on the way, at the fourth step.
+    expected, middle = (load_file(tmp_path / f / "model.safetensors") for f in ("alone/checkpoint-4", "shared-4"))
+    last = load_file(tmp_path / "shared" / "model.safetensors")
+    assert expected.keys() == middle.keys() == last.keys()
+    for name, tensor in expected.items():
+        assert rms_ratio(tensor, middle[name]) < 1e-3, name
+    assert max(rms_ratio(tensor, last[name]) for name, tensor in expected.items()) > 1e-2

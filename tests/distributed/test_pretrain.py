@@ -1,15 +1,19 @@
 """The whole pipeline in two processes (gloo) is the run of one process: losses step by step, and the final score."""
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
 from tests.small_run import TINY_MODEL
 from train import pretrain
+from train.checkpointing import checkpoints
 from train.expert_load import read_expert_load
 from train.recipe import REPOSITORY
 
@@ -76,3 +80,46 @@ def test_two_processes_are_one(learns, tiny_recipe, tmp_path):
     recalls = [score["eval_index_recall"] for score in scores if "eval_index_recall" in score]
     assert len(recalls) == (2 if learns == "warm-up" else 0)
     assert recalls[1:] == pytest.approx(recalls[:1], rel=1e-3)
+
+
+def waits_for_sigterm(pid: int) -> bool:
+    """Whether a process that is suspended was sent SIGTERM."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return bool(int(status.split("ShdPnd:")[1].split()[0], 16) & 1 << signal.SIGTERM - 1)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc, to see a signal that is waiting")
+def test_a_killed_process_under_the_real_launcher(tiny_recipe, tmp_path):
+    """Whose SIGTERM reaches the other one while that is still finding out: one message, then nothing is left."""
+    trainer = {"max_steps": 100_000, "save_strategy": "steps", "save_steps": 4, "report_to": [], "use_cpu": True}
+    file, run = tmp_path / "recipe.yaml", tmp_path / "run"
+    file.write_text(yaml.safe_dump(tiny_recipe(trainer=trainer | {"save_total_limit": 2}).model_dump(mode="json")))
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
+    launch += ["--config_file", "configuration/accelerate/cpu.yaml"]
+    command = [*launch, "-m", "train.pretrain", "--config", str(file)]
+    with (tmp_path / "stderr").open("w") as written:
+        launcher = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=written)
+    started = [psutil.Process(launcher.pid)]
+    try:
+        deadline = time.monotonic() + 120
+        while not checkpoints(run):
+            assert launcher.poll() is None and time.monotonic() < deadline, (tmp_path / "stderr").read_text()[-3000:]
+            time.sleep(0.05)
+        started += started[0].children(recursive=True)
+        first, second = (next(p for p in started if p.environ().get("RANK") == rank) for rank in "01")
+        first.suspend()  # until the signal is there: else either might be first
+        second.kill()
+        while not waits_for_sigterm(first.pid):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        first.resume()
+        assert launcher.wait(timeout=20) != 0  # SIGKILL would come after 30 s
+        left = psutil.wait_procs(started, timeout=5)[1]
+    finally:
+        for process in started:
+            if process.is_running():
+                process.kill()
+    assert not left
+    told = [line for line in (tmp_path / "stderr").read_text().splitlines() if "error: process" in line]
+    assert len(told) == 1 and "error: process 0 stops, because another has ended" in told[0], told
+    assert told[0].endswith(f"trainer.resume_from_checkpoint=true goes on from '{checkpoints(run)[0]}'")

@@ -2,17 +2,29 @@
 
 import errno
 import json
+import os
 import re
+import signal
 import threading
 
 import pytest
 import torch
 from accelerate import Accelerator
+from torch.distributed import DistBackendError, DistNetworkError
 from transformers import TrainerCallback
 
 from tests.train.test_trainer import build
 from train import pretrain
-from train.faults import NonFiniteError, check_finite, first_non_finite, full_disks_of_threads, non_finite_gradients
+from train.faults import (
+    NonFiniteError,
+    Stopped,
+    check_finite,
+    first_non_finite,
+    full_disks_of_threads,
+    heed_sigterm,
+    lost_others,
+    non_finite_gradients,
+)
 
 
 class Poison(TrainerCallback):
@@ -129,5 +141,62 @@ def test_what_is_finite_passes(tiny_recipe):
     assert trainer.state.global_step == 6
     batch = next(iter(trainer.get_train_dataloader()))
     hooks = [len(module._forward_hooks) for module in trainer.model.modules()]  # transformers' own
-    assert non_finite_gradients(trainer.model) == [] and first_non_finite(trainer.model, batch) is None
+    assert (
+        non_finite_gradients(trainer.model.named_parameters()) == [] and first_non_finite(trainer.model, batch) is None
+    )
     assert hooks == [len(module._forward_hooks) for module in trainer.model.modules()]
+
+
+GONE = [
+    RuntimeError("[/third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:41042"),
+    RuntimeError("[/third_party/gloo/gloo/transport/tcp/pair.cc:547] Read error [::1]:4: Connection reset by peer"),
+    DistNetworkError("failed to recv, got 0 bytes. Connection was likely closed. Did the remote server shut down?"),
+    DistBackendError(
+        "NCCL error in: ProcessGroupNCCL.cpp:3690, remote process exited or there was a network error, NCCL 2.27\n"
+        "ncclRemoteError: A call failed possibly due to a network error or a remote process exiting prematurely."
+    ),
+    DistBackendError("[Rank 0] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=7, OpType=ALLREDUCE)"),
+]
+OWN = [
+    DistBackendError("NCCL error in: ..., invalid usage\nDuplicate GPU detected : rank 1 and rank 0 both on CUDA"),
+    DistNetworkError("The client socket has timed out after 60000ms while trying to connect to (127.0.0.1, 29500)."),
+    RuntimeError("No backend type associated with device type cuda: the group has gloo only"),
+    RuntimeError("CUDA error: an illegal memory access was encountered"),
+]
+
+
+@pytest.mark.parametrize("error", GONE + OWN, ids=lambda error: str(error)[:20])
+def test_what_is_said_of_others_that_are_gone(error, tiny_recipe, capfd):
+    """One line with what to go on from; any other error stays what it is."""
+
+    def run(recipe):
+        raise error
+
+    assert lost_others(error) == (error in GONE)
+    with pytest.raises(SystemExit if error in GONE else type(error)) as caught:
+        pretrain.launch(run, tiny_recipe())
+    written = capfd.readouterr().err
+    if error in OWN:
+        assert caught.value is error and not written
+        return
+    assert caught.value.code == 1 and written == f"{caught.value}\n" and written.count("\n") == 1
+    assert written.startswith("error: process 0 stops, because another has ended (")
+    assert written.endswith("). There is no checkpoint yet\n")
+
+
+def test_sigterm_of_a_launcher(monkeypatch):
+    """Raised in a process of several, but not in one that it has forked, which ends by it as ever."""
+    before = signal.getsignal(signal.SIGTERM)
+    with heed_sigterm():
+        assert signal.getsignal(signal.SIGTERM) == before
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(Stopped), heed_sigterm():
+        forked = os.fork()
+        if not forked:
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+            finally:
+                os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(forked, 0)[1]) == -signal.SIGTERM
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) == before

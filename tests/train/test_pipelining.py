@@ -44,13 +44,16 @@ def test_refused():
         check_microbatches("zb1p", 5, stages=2, ranks=2)
 
 
-def test_split_backward_of_an_old_torch_is_refused(monkeypatch):
+def test_split_backward_of_an_old_torch_is_refused(tiny_recipe, monkeypatch):
     check_torch("1f1b")
     for version, schedule in (("2.12.1", "zbv"), ("2.11.0+cpu", "zb1p")):
         monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion(version))
         check_torch("1f1b")
-        with pytest.raises(ImportError, match=rf"'{schedule}' needs torch 2.13.*{re.escape(version)}"):
+        with pytest.raises(ValueError, match=rf"'{schedule}' needs torch 2.13.*{re.escape(version)}"):
             check_torch(schedule)
+        recipe = tiny_recipe(pipeline={"schedule": schedule})
+        with pytest.raises(ValueError, match=rf"'{schedule}' needs torch 2.13"):  # before any data is read
+            pipeline.check(recipe, pretrain.training_arguments(recipe))
     monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.13.0+cpu"))
     check_torch("zbv")
 
@@ -61,6 +64,14 @@ def test_split_backward_of_an_old_torch_is_refused(monkeypatch):
         ({"trainer": {"eval_strategy": "steps"}}, 'trainer.eval_strategy="steps" is not possible.*only "no"'),
         ({"trainer": {"save_strategy": "epoch"}}, 'trainer.save_strategy="epoch" is not possible.*"no" or "steps"'),
         ({"trainer": {"resume_from_checkpoint": True}}, "trainer.resume_from_checkpoint=true is not possible"),
+        ({"trainer": {"eval_on_start": True, "eval_strategy": "no"}}, "trainer.eval_on_start=true is not possible"),
+        (
+            {"trainer": {"data_seed": 5}},
+            "trainer.data_seed=5 is not possible.*only null: rows are shuffled",
+        ),
+        ({"trainer": {"train_sampling_strategy": "sequential"}}, 'strategy="sequential" is not.*only "random"'),
+        ({"trainer": {"neftune_noise_alpha": 5.0}}, "trainer.neftune_noise_alpha=5.0 is not possible"),
+        ({"trainer": {"include_num_input_tokens_seen": True}}, 'input_tokens_seen="all" is not possible'),
         ({"data": {"streaming": True, "validation_documents": 2}}, "data.streaming is not possible"),
         ({"parallel": {"expert": 2}}, "parallel.expert=2 is not possible"),
         ({"precision": "fp8"}, "precision='fp8' is not possible"),

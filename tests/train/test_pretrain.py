@@ -1,6 +1,7 @@
 """The pipeline end to end, as a user runs it, and what it refuses."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -12,6 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from tests.small_run import small_tokenizer, text
 from train import pretrain
 from train.recipe import REPOSITORY
+
+KINDS = {".md", ".yaml", ".py"}
+STARTS = re.compile(r"accelerate launch .*(--config_file|-m train)")
 
 
 @pytest.mark.parametrize("kind", ["mla-moe", "dense_transformer"])
@@ -63,6 +67,7 @@ def test_the_command(tiny_recipe, tmp_path):
         sys.executable,
         "-m",
         "accelerate.commands.launch",
+        "--quiet",
         "--config_file",
         "configuration/accelerate/single.yaml",
     ]
@@ -71,6 +76,16 @@ def test_the_command(tiny_recipe, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     assert "step 2/3" in done.stdout and "bits per byte" in done.stdout
     assert (tmp_path / "run" / "model.safetensors").is_file()
+
+
+def test_documented_commands_end_quietly():
+    """Of one process that ends with a message accelerate prints a traceback of its own without --quiet."""
+    folders = ("configuration", "docs", "examples", "train")
+    files = [file for name in folders for file in (REPOSITORY / name).rglob("*.*") if file.suffix in KINDS]
+    files += [REPOSITORY / "Makefile", REPOSITORY / "README.md"]
+    commands = [(file, line) for file in files for line in file.read_text().splitlines() if STARTS.search(line)]
+    assert len(commands) > 10
+    assert not [(file, line) for file, line in commands if "accelerate launch --quiet " not in line]
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])

@@ -74,6 +74,8 @@ def test_numbers_that_yaml_reads_as_text(tmp_path):
         ("trainer.max_steps=abc", ["trainer.max_steps='abc'", "valid integer"]),
         ("trainer.gradient_accumulation_steps=0", ["gradient_accumulation_steps=0", "above 0"]),
         ("trainer.logging_steps=abc", ["trainer.logging_steps='abc'", "valid number"]),
+        ("trainer.label_smoothing_factor=0.1", ["label_smoothing_factor=0.1 is not possible, only 0.0", "not shifted"]),
+        ("trainer.average_tokens_across_devices=false", ["devices=False is not possible, only True", "add up"]),
         ("optimizer.betas=[2, 3]", ["optimizer.betas.0", "less than 1"]),
         ("optimizer.matrix_lr=.inf", ["optimizer.matrix_lr", "finite number"]),
         ("data.source=[a", ["data.source=[a", "not valid YAML"]),
