@@ -208,6 +208,8 @@ class _Experts(nn.Module):
         self.num_experts = config.n_routed_experts
         self.hidden_dim = config.hidden_size
         self.intermediate_dim = config.moe_intermediate_size
+        # Its `forward` is called, without hooks: it runs once for each expert that has tokens, and ZeRO-3, which counts
+        # modules that run, ends where processes count differently.
         self.act_fn = ACT2FN[config.hidden_act]
         self.down_proj = nn.Parameter(torch.empty(self.num_experts, self.hidden_dim, self.intermediate_dim))
         # Trainer resumes through plain load_state_dict, where transformers' own conversion does not reach.
@@ -247,7 +249,7 @@ class GatedExperts(_Experts):
 
     def activate(self, h: torch.Tensor) -> torch.Tensor:
         gate, up = h.chunk(2, dim=-1)
-        return self.act_fn(gate) * up
+        return self.act_fn.forward(gate) * up
 
 
 @use_experts_implementation(has_gate=False)
@@ -267,4 +269,4 @@ class PlainExperts(_Experts):
         return self.up_proj
 
     def activate(self, h: torch.Tensor) -> torch.Tensor:
-        return self.act_fn(h)
+        return self.act_fn.forward(h)

@@ -89,7 +89,8 @@ def stack_expert_keys(
     next shard may bring them; until it does the module refuses to run.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in state_dict.items() if name.startswith(prefix)}
-    if not shapes:
+    whole = {prefix + parameter for parameter in module.stacked_names}
+    if not shapes or (whole == shapes.keys() and module not in _partial):  # ZeRO-3's, which have no shape either
         return
     earlier, _, hook = _partial.pop(module, (set(), [], None))
     if hook is not None:

@@ -298,6 +298,23 @@ def test_training_compiles_into_one_graph(dtype, threshold, fresh_compiler):
     assert torch.equal(update_expert_bias(model).tokens, update_expert_bias(plain).tokens)
 
 
+@pytest.mark.parametrize("implementation", ["eager", "sorted_mm"])
+def test_what_zero3_hooks_runs_once(implementation):
+    """ZeRO-3 hooks every module, and ends where processes count calls differently: the activation's, by experts that
+    have tokens. And it loads stacked experts into weights that are empty, as it has shared them."""
+    moe, hidden = build(implementation, torch.float32, True, 0.0)
+    calls = []
+    for module in moe.modules():
+        module.register_forward_pre_hook(lambda module, inputs: calls.append(module))
+    moe.train()(hidden)
+    routed = [module for module in calls if module in set(moe.experts.modules())]
+    assert routed == [moe.experts]
+    state = {f"experts.{name}": torch.empty(0) for name in moe.experts.state_dict()}
+    for parameter in moe.experts.parameters():
+        parameter.data = torch.empty(0)
+    assert not moe.load_state_dict(state, strict=False).unexpected_keys
+
+
 def test_an_unknown_implementation_is_refused():
     with pytest.raises((ValueError, KeyError), match="fastest"):
         tiny_model().set_experts_implementation("fastest")
