@@ -1,6 +1,7 @@
 # Two commands: `make quickstart` and `make test`. Each makes .venv itself; both are safe to run twice.
 # Beside them: `make conformance` (transformers' own model tests, which it downloads), `make versions` (the suite on the
-# oldest and the newest torch and transformers that are supported), `make lint`, `make format`.
+# oldest and the newest torch and transformers that are supported), `make test-quantisation` (8 and 4 bits by other
+# packages), `make lint`, `make format`.
 
 PYTHON ?= python3
 VENV := .venv
@@ -11,7 +12,7 @@ PINS :=
 # The lowest version that setup.cfg allows.
 floor = $(shell sed -n 's/^ *$(1)>=//p' setup.cfg)
 
-.PHONY: quickstart test conformance versions lint format install clean
+.PHONY: quickstart test test-quantisation conformance versions lint format install clean
 
 quickstart: install
 	$(BIN)/accelerate launch --quiet --config_file configuration/accelerate/single.yaml \
@@ -20,13 +21,17 @@ quickstart: install
 test: install
 	$(BIN)/python -m pytest -n 2
 
+test-quantisation: install
+	$(BIN)/pip install --editable ".[test,quantisation]"
+	$(BIN)/python -m pytest tests/test_quantisation.py tests/distributed/test_quantisation.py
+
 conformance: install
 	$(BIN)/python -m tests.conformance.report -n 2
 
 versions:
 	$(MAKE) test VENV=.venv-oldest TORCH="==$(call floor,torch)" PINS="transformers==$(call floor,transformers)"
-	rm -f .venv-newest/installed
-	$(MAKE) test VENV=.venv-newest TORCH= PINS=--upgrade
+	rm -rf .venv-newest
+	$(MAKE) test VENV=.venv-newest TORCH=
 
 lint: install
 	$(BIN)/ruff check .

@@ -7,9 +7,11 @@ everything else that loads weights (`load_state_dict`, a Trainer that resumes) b
 import copy
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
+import torch
 from huggingface_hub import file_exists
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
@@ -17,7 +19,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 
 from .attention import MultiHeadLatentAttention
 from .configuration_nanodeepseek import NanoDeepSeekConfig
-from .fp8 import asks_to_keep_fp8, block_of, keep_fp8, layout_problems, weights_of
+from .fp8 import asks_to_keep_fp8, block_of, keep_fp8, layout_problems, open_slices, weights_of
 from .remote_code import save_code
 from .saving import finish_saving, replacing
 from .stacking import CheckpointError, Shapes, absentees, listed, misfits
@@ -122,6 +124,11 @@ def fp8_settings(folder: Path) -> dict | None:
     return settings if isinstance(settings, dict) and settings.get("quant_method") == "fp8" else None
 
 
+# Names in the layers of multi-token prediction that stand for the embedding and the head.
+COPIES = (".embed_tokens.weight", ".shared_head.head.weight")
+LAYER = re.compile(r"(?:model\.)?layers\.(\d+)\.")
+
+
 class CheckpointMixin:
     """`from_pretrained` that refuses what it cannot read whole, `save_pretrained` that replaces the old version whole.
 
@@ -189,10 +196,15 @@ class CheckpointMixin:
                 raise CheckpointError(f"the adapter lacks {listed(absent)}: it is incomplete, or another model's")
             return loaded
         if files and not load_config.ignore_mismatched_sizes:
-            problems = loading_problems(model, loaded[0], files)
+            folder, problems = str(load_config.pretrained_model_name_or_path), loading_problems(model, loaded[0], files)
+            if not problems and (others := unequal_copies(model.config, files)):
+                raise CheckpointError(
+                    f"{listed(others)} in {folder!r}: here multi-token prediction has the model's embedding and head; "
+                    "num_nextn_predict_layers=0 loads the model without it"
+                )
             if problems:
                 raise CheckpointError(
-                    f"the weights in {str(load_config.pretrained_model_name_or_path)!r} are not those of its config: "
+                    f"the weights in {folder!r} are not those of its config: "
                     f"{listed(problems)}. The checkpoint is incomplete or its config.json was changed "
                     f"({way_out(model, problems)}ignore_mismatched_sizes=True initialises such weights anew)."
                 )
@@ -274,6 +286,31 @@ def way_out(model: PreTrainedModel, problems: list[str]) -> str:
     return "num_nextn_predict_layers=0 loads the model without multi-token prediction, and " if theirs else ""
 
 
+def unequal_copies(config: NanoDeepSeekConfig, files: list[str]) -> list[str]:
+    """What of a checkpoint is called a copy of embedding or head, in the layers of multi-token prediction, and is none.
+
+    Copies are read a few rows at a time.
+    """
+    if not config.num_nextn_predict_layers:
+        return []
+    slices, found = open_slices(files), []
+    prefix = "model." if "model.embed_tokens.weight" in slices else ""
+    for k in range(config.num_nextn_predict_layers):
+        layer = f"{prefix}layers.{config.num_hidden_layers + k}"
+        for copied, original in zip(COPIES, (f"{prefix}embed_tokens.weight", "lm_head.weight")):
+            if layer + copied in slices and original in slices and not equal(slices[layer + copied], slices[original]):
+                found.append(f"{layer + copied} is not a copy of {original}")
+    return found
+
+
+def equal(a, b, rows: int = 8192) -> bool:
+    """Whether two slices of safetensors have the same numbers."""
+    if a.get_shape() != b.get_shape():
+        return False
+    parts = (slice(start, start + rows) for start in range(0, a.get_shape()[0], rows))
+    return all(torch.equal(a[part].float(), b[part].float()) for part in parts)
+
+
 def loading_problems(model: PreTrainedModel, info, files: list[str]) -> list[str]:
     """What transformers found missing, misshapen or not convertible, by the names on disk."""
     missing = set(info.missing_keys) - set(model.all_tied_weights_keys)
@@ -284,10 +321,13 @@ def loading_problems(model: PreTrainedModel, info, files: list[str]) -> list[str
         problems[name] = f"{name} is {list(found)}, not {list(expected)}"
     problems |= {name: f"{name} cannot be put together" for name in info.conversion_errors}
     # A bias or a scale that is not used would be missed. The layer of a module may hold copies of embedding and head.
-    ours = {f"layers.{i}." for i in range(model.config.num_hidden_layers + model.config.num_nextn_predict_layers)}
-    copies = (".embed_tokens.weight", ".shared_head.head.weight")
-    homeless = {n for n in info.unexpected_keys if any(layer in n for layer in ours) and not n.endswith(copies)}
-    problems |= {name: f"{name} has no place in the model" for name in homeless}
+    # Layers beyond are left out on purpose if they are such modules.
+    further = {LAYER.match(n)[0] for n in info.unexpected_keys if LAYER.match(n) and n.endswith(".enorm.weight")}
+    depth = model.config.num_hidden_layers + model.config.num_nextn_predict_layers
+    for name, layer in ((name, LAYER.match(name)) for name in info.unexpected_keys):
+        if layer is not None:
+            known = name.endswith(COPIES) if int(layer[1]) < depth else layer[0] in further
+            problems |= {} if known else {name: f"{name} has no place in the model"}
     stacked = {name for name, module in model.named_modules() if hasattr(module, "stacked_names")}
     experts = {name.rpartition(".")[0] for name in problems} & stacked
     if experts:  # stacked in memory: the names on disk say more

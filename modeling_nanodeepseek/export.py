@@ -1,4 +1,4 @@
-"""Native DeepSeek checkpoints: what transformers' own classes, vLLM, SGLang and llama.cpp's converter read.
+"""Native DeepSeek checkpoints: what transformers' own classes and inference engines read.
 
     export_native(model, "out", fp8=True, tokenizer=tokenizer)
 
@@ -9,6 +9,7 @@ index, and a config.json under the published keys.
 
 import json
 import os
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,6 +56,8 @@ def foreign_parts(config: NanoDeepSeekConfig, sparse: bool) -> list[str]:
         "adaptive_expert_threshold": config.adaptive_expert_threshold > 0
         and "native routers use num_experts_per_tok experts for every token",
         "rope_interleave": not config.rope_interleave and "native models rotate interleaved pairs",
+        "rope_parameters": config.rope_parameters["rope_type"] not in ("default", "yarn")
+        and "inference engines know YaRN alone",
     }
     if config.n_routed_experts:
         native = config.scoring_func == "sigmoid" and config.topk_method == "noaux_tc"
@@ -138,6 +141,15 @@ def misread_blocks(tensors: dict[str, torch.Tensor]) -> list[str]:
                     f"{name} is {list(tensor.shape)}, and {width} would be taken for {blocks} x {width // blocks}"
                 )
     return found
+
+
+def unread_blocks(tensors: dict[str, torch.Tensor]) -> list[str]:
+    """FP8 matrices at which transformers' own reading stops: their rows or columns leave a rest."""
+    return [
+        name
+        for name, tensor in tensors.items()
+        if in_fp8(name) and any(width % blocks for width, blocks in zip(tensor.shape, grid(tensor.shape, BLOCK)))
+    ]
 
 
 @dataclass(frozen=True)
@@ -224,6 +236,12 @@ def export_native(
     if fp8 and (wrong := misread_blocks(tensors)):
         raise ExportError(
             f"In FP8 this model would be misread: {listed(wrong)}. Fill blocks of {BLOCK[0]}, or export in bf16."
+        )
+    if fp8 and (stops := unread_blocks(tensors)):
+        warnings.warn(
+            f"transformers' own classes do not read FP8 blocks that are not full: {listed(stops)}. This package does; "
+            "so do engines that take the published checkpoints, which have them too. bf16 is read by all.",
+            stacklevel=2,
         )
     with replacing(folder) as stage:
         write_shards(stage, tensors, max_shard_bytes, Form(dtype, fp8, ue8m0, fp32_norms=sparse))

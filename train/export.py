@@ -1,4 +1,4 @@
-"""Writes a trained model as a native DeepSeek checkpoint, for transformers' own classes, vLLM, SGLang and llama.cpp.
+"""Writes a trained model as a native DeepSeek checkpoint, for transformers' own classes, vLLM and SGLang.
 
 python -m train.export --model runs/quickstart --output exported               deepseek_v3 or deepseek_v32, in bf16
 python -m train.export --model runs/quickstart --output exported --fp8         projections in FP8 blocks; --ue8m0
