@@ -1,9 +1,5 @@
-"""Runs of a recipe in the processes and the environment that `accelerate launch` makes of a launch file.
+"""Runs of a recipe in the processes and the environment that `accelerate launch` makes of a launch file."""
 
-The processes are forked from one that has imported everything (a forkserver): importing costs more than the runs.
-"""
-
-import multiprocessing
 import os
 import signal
 import socket
@@ -21,6 +17,8 @@ from torch.utils.data import SequentialSampler
 from transformers import TrainerCallback
 
 from modeling_nanodeepseek.balancing import routers
+from modeling_nanodeepseek.losses import is_plain_head
+from tests.distributed.processes import SERVER
 from tests.small_run import TINY_MODEL
 from train import pretrain
 from train.recipe import REPOSITORY, Recipe
@@ -28,8 +26,6 @@ from train.sharding import local
 
 LAUNCH_FILES = REPOSITORY / "configuration" / "accelerate"
 STEPS, ROWS, LENGTH = 4, 8, 32
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload([__name__])
 
 # Everything that learns is on: experts, the indexer, multi-token prediction. One expert per token, so that equal tokens
 # all choose the same; odd numbers of rows, which divide by no number of processes.
@@ -95,7 +91,8 @@ def train_on_thirteen(recipe: Recipe) -> list[dict]:
 
 
 def train(recipe: Recipe, kill_at: int | None = None) -> dict:
-    """A run on `rows()`: its log, an entry for each step; what `Watch` saw; the evaluation; numbers held here."""
+    """A run on `rows()`: its log, an entry for each step; what `Watch` saw; the evaluation; numbers held here; whether
+    the loss goes without the logits."""
     trainer = pretrain.build_trainer(recipe, pretrain.training_arguments(recipe))
     trainer.train_dataset = rows()
     trainer._get_train_sampler = lambda *args: SequentialSampler(trainer.train_dataset)
@@ -104,7 +101,8 @@ def train(recipe: Recipe, kill_at: int | None = None) -> dict:
     trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     log = [entry for entry in trainer.state.log_history if "ce_loss" in entry]
     held = sum(local(parameter).numel() for parameter in trainer.model.parameters())
-    return {"log": log, "steps": watch.steps, "score": trainer.evaluate()["eval_loss"], "held": held}
+    result = {"log": log, "steps": watch.steps, "score": trainer.evaluate()["eval_loss"], "held": held}
+    return result | {"frugal": is_plain_head(trainer.model.lm_head)}
 
 
 def killed(recipe: Recipe, step: int):

@@ -1,6 +1,10 @@
-"""Functions run in several processes of a gloo group, with an end to waiting."""
+"""Functions run in several processes of a gloo group, with an end to waiting.
+
+The processes are forked from one that has imported everything (a forkserver): importing costs more than the tests.
+"""
 
 import gc
+import multiprocessing
 import time
 
 import pytest
@@ -10,6 +14,9 @@ import torch.multiprocessing as mp
 from torch.distributed.tensor import DTensor
 
 from tests.conftest import EARLIER_TORCH
+
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["tests.distributed.launching"])
 
 
 def _enter(rank: int, world: int, store: str, work, results):
@@ -52,5 +59,6 @@ def run(work, tmp_path, world: int = 2, seconds: float = 120) -> list:
     """`work(rank, world)` in `world` processes; their results by rank. Fails, and ends them, after `seconds`."""
     with mp.Manager() as manager:
         results = manager.dict()
-        wait_for(mp.spawn(_enter, (world, str(tmp_path / "store"), work, results), nprocs=world, join=False), seconds)
+        arguments = (world, str(tmp_path / "store"), work, results)
+        wait_for(mp.start_processes(_enter, arguments, nprocs=world, join=False, start_method="forkserver"), seconds)
         return [results[rank] for rank in range(world)]

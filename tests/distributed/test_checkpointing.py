@@ -4,38 +4,35 @@ import inspect
 import json
 import os
 import shutil
-import subprocess
-import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 from transformers import Trainer
 
-from train.recipe import REPOSITORY
-
-# The second process is late with its file; the first, when it renames, reports what is there.
-SCRIPT = """
-import os, sys, time
+from tests.distributed import launching
 from train import checkpointing, pretrain
+from train.recipe import Recipe
 from train.trainer import NanoDeepSeekTrainer
 
-save_rng, commit = NanoDeepSeekTrainer._save_rng_state, checkpointing.commit
 
-def late(self, folder):
-    time.sleep(0.5 * int(os.environ["RANK"]))
-    save_rng(self, folder)
+def work(recipe: Recipe):
+    """A run whose second process is late with its file; the first, when it renames, reports what is there."""
+    save_rng, commit = NanoDeepSeekTrainer._save_rng_state, checkpointing.commit
 
-def report(run, name):
-    print(name, sorted(path.name for path in (run / checkpointing.STAGE / name).glob("rng*")), flush=True)
-    commit(run, name)
+    def late(self, folder):
+        time.sleep(0.5 * int(os.environ["RANK"]))
+        save_rng(self, folder)
 
-NanoDeepSeekTrainer._save_rng_state = late
-checkpointing.commit = report
-pretrain.main(sys.argv[1:])
-"""
+    def report(run, name):
+        print(name, sorted(path.name for path in (run / checkpointing.STAGE / name).glob("rng*")), flush=True)
+        commit(run, name)
+
+    NanoDeepSeekTrainer._save_rng_state = late
+    checkpointing.commit = report
+    pretrain.run(recipe)
 
 
 def history(folder: Path) -> list[dict]:
@@ -47,18 +44,14 @@ def history(folder: Path) -> list[dict]:
 def test_two_processes_save_and_resume_together(tiny_recipe, tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 2, "logging_steps": 1, "use_cpu": True}
     settings |= {"max_steps": 4, "resume_from_checkpoint": True, "report_to": []}
-    (tmp_path / "run.py").write_text(SCRIPT)
 
     def run(folder: Path) -> str:
         recipe = tiny_recipe(output_dir=str(folder), trainer=settings)
         recipe.model.overrides["router_noise"] = 0.05
-        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-        command = [*launch, str(tmp_path / "run.py"), "--config", str(tmp_path / "recipe.yaml")]
-        environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=200, env=environment)
-        assert done.returncode == 0, done.stderr[-3000:]
-        return done.stdout
+        log = tmp_path / f"log of {folder.name}"
+        _, errors = launching.launch("cpu", 2, log, work, recipe)
+        assert not errors, errors
+        return (log / "0.log").read_text()
 
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     printed = run(whole)

@@ -137,7 +137,8 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_bad_input_ends_in_one_clear_error(case, tiny_recipe, tmp_path):
+def test_bad_input_ends_in_one_clear_error(case, tiny_recipe, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # `datasets` looks through all files below
     (tmp_path / "empty").mkdir()
     (tmp_path / "short.txt").write_text(" ".join(f"w{i}" for i in range(40)) * 3)
     (tmp_path / "numbers.jsonl").write_text('{"text": 1}\n')
