@@ -108,11 +108,16 @@ def check_config(folder: Path):
         raise CheckpointError(f"{str(file)!r} is not valid JSON: {error}") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{str(file)!r} must hold a JSON object, and holds a {type(config).__name__}")
+    refuse_foreign(config, str(folder))
+
+
+def refuse_foreign(config: dict, name: str):
+    """Raises CheckpointError for the config.json of a model that these classes cannot be."""
     kind = config.get("model_type")
     # Every DeepSeek-V2, V3 or relative of theirs (Kimi K2, ...) has a latent of that rank.
     if kind != NanoDeepSeekConfig.model_type and "kv_lora_rank" not in config:
         raise CheckpointError(
-            f"{str(folder)!r} holds a model of type {kind!r}; these classes read 'nanodeepseek' and DeepSeek's V2 and "
+            f"{name!r} holds a model of type {kind!r}; these classes read 'nanodeepseek' and DeepSeek's V2 and "
             "V3. transformers' AutoModelForCausalLM reads the others."
         )
 

@@ -9,6 +9,8 @@ from .layers import compute_dtype, once_differentiable, without_autocast
 # Logits held at a time, in numbers: 1024 tokens of a vocabulary of 8192, 32 MiB in fp32.
 CHUNK = 2**23
 MIN_ROWS = 128  # fewer tokens at a time would make the matrix products slow
+# Modules whose hooks do nothing but gather a weight before a forward and leave it after.
+GATHERING = ("torch.distributed.fsdp.", "deepspeed.")
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
@@ -59,15 +61,32 @@ class _SummedCrossEntropy(torch.autograd.Function):
         return *(saved if saved is None else (saved * grad).to(saved.dtype) for saved in ctx.saved_tensors), None
 
 
-def is_plain_linear(head: nn.Module) -> bool:
-    """Whether calling `head` is nothing but a product with its weight: no adapter, hook, sharding or quantisation."""
-    hooks = (head._forward_hooks, head._forward_pre_hooks, head._backward_hooks, head._backward_pre_hooks)
-    return (
-        type(head) is nn.Linear
-        and type(head.weight) is nn.Parameter
-        and head.bias is None
+class Head(nn.Linear):
+    """The output layer. `forward(x)` are the logits of x; `forward(x, targets)` is what `_SummedCrossEntropy` makes of
+    them, a part of the forward because FSDP and ZeRO-3 have the weight whole there and nowhere else.
+
+    Args:
+        detached: the weight gets no gradient.
+    """
+
+    def forward(self, hidden_states: torch.Tensor, targets: torch.Tensor | None = None, detached: bool = False):
+        if targets is None:
+            return super().forward(hidden_states)
+        dtype, weight = compute_dtype(hidden_states), self.weight.detach() if detached else self.weight
+        return _SummedCrossEntropy.apply(hidden_states.to(dtype), weight.to(dtype), targets)
+
+
+def is_plain_head(head: nn.Module) -> bool:
+    """Whether calling `head` is nothing but a product with its weight: no adapter, no quantisation, and no hook or
+    sharding but FSDP's and ZeRO-3's."""
+    kinds = (head._forward_hooks, head._forward_pre_hooks, head._backward_hooks, head._backward_pre_hooks)
+    hooks = [hook for kind in kinds for hook in kind.values()]
+    gathered = hooks and all(getattr(hook, "__module__", "").startswith(GATHERING) for hook in hooks)
+    return bool(
+        getattr(type(head), "forward", None) is Head.forward
         and "forward" not in vars(head)
-        and not any(hooks)
+        and head.bias is None
+        and (gathered or (not hooks and type(head.weight) is nn.Parameter))
     )
 
 
@@ -85,7 +104,7 @@ def linear_cross_entropy(
 
     Args:
         hidden_states: [B, T, d]; under autocast the products run in its dtype.
-        head: the output layer, `is_plain_linear`.
+        head: the output layer.
         labels: [B, T], shifted here; or `shift_labels` [B, T], shifted already.
         num_items_in_batch: divide the sum by this instead of by the number of targets.
 
@@ -107,7 +126,7 @@ def summed_cross_entropy(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The sum over targets of -log softmax(head(h))[target], and how many targets are likeliest.
 
-    From the hidden states where the head `is_plain_linear`; any other head, and torch.compile, gets all its logits.
+    From the hidden states where the head `is_plain_head`; any other head, and torch.compile, gets all its logits.
 
     Args:
         hidden_states: [B, T, d]; targets: [B, T], ignore_index for none.
@@ -117,16 +136,15 @@ def summed_cross_entropy(
         right = list(hidden_states.shape[:-1])
         raise ValueError(f"Labels have the shape {list(targets.shape)}: it must be the input's, {right}.")
     targets = targets.flatten().to(hidden_states.device)
-    if not is_plain_linear(head) or torch.compiler.is_compiling():
+    if not is_plain_head(head) or torch.compiler.is_compiling():
         parameters = {name: p.detach() for name, p in head.named_parameters()} if detached else {}
         logits = torch.func.functional_call(head, parameters, (hidden_states,)) if detached else head(hidden_states)
         logits = logits.flatten(0, -2).to(torch.promote_types(logits.dtype, torch.float32))
         total = F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="sum")
         return total, (logits.argmax(-1) == targets).sum()
     kept = (targets != ignore_index).nonzero()[:, 0]
-    hidden, weight, targets = hidden_states.flatten(0, -2).index_select(0, kept), head.weight, targets[kept]
-    if targets.device.type == "cpu" and len(targets) and not 0 <= targets.min() <= targets.max() < len(weight):
-        wrong = targets[(targets < 0) | (targets >= len(weight))][0]
-        raise ValueError(f"Label {int(wrong)} is outside the vocabulary: labels lie in 0..{len(weight) - 1}.")
-    dtype = compute_dtype(hidden)
-    return _SummedCrossEntropy.apply(hidden.to(dtype), (weight.detach() if detached else weight).to(dtype), targets)
+    hidden, targets, size = hidden_states.flatten(0, -2).index_select(0, kept), targets[kept], head.out_features
+    if targets.device.type == "cpu" and len(targets) and not 0 <= targets.min() <= targets.max() < size:
+        wrong = targets[(targets < 0) | (targets >= size)][0]
+        raise ValueError(f"Label {int(wrong)} is outside the vocabulary: labels lie in 0..{size - 1}.")
+    return head(hidden, targets, detached)

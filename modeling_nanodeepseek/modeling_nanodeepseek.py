@@ -37,7 +37,7 @@ from .decoder import NanoDeepSeekDecoderLayer
 from .experts import DEFAULT_EXPERTS, GatedExperts, PlainExperts
 from .indexer import IndexerObjective, IndexerRecall, KeySelector
 from .layers import RMSNorm
-from .losses import is_plain_linear, linear_cross_entropy
+from .losses import Head, is_plain_head, linear_cross_entropy
 from .masks import masks, real_token_mask
 from .moe import TopkRouter, sequence_balance_loss
 from .mtp import Drafter, DraftReport, MtpLoss, MultiTokenPredictor, all_further, mtp_loss
@@ -367,7 +367,7 @@ class NanoDeepSeekForCausalLM(NanoDeepSeekPreTrainedModel, GenerationMixin):
         self.model = NanoDeepSeekModel(config)
         self.model.head_adds_losses = True
         self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Head(config.hidden_size, config.vocab_size, bias=False)
         self.draft_report: DraftReport | None = None  # of the latest generate(use_mtp=True)
         self._drafts = config.num_nextn_predict_layers
         # Of multi-token prediction's layers official checkpoints hold copies of the embedding and the head. The whole
@@ -397,8 +397,8 @@ class NanoDeepSeekForCausalLM(NanoDeepSeekPreTrainedModel, GenerationMixin):
             logits_to_keep: compute the logits of the last so many tokens only, or of these positions; 0 is all.
             skip_logits: with labels, compute the loss without ever holding all the logits, and return None for them.
                 The default does so in training, except for return_dict=False, where a place is known by its number. A
-                head that is more than a product with its weight (an adapter, a sharded or quantised one), a loss
-                function of your own and torch.compile need the logits, and get them.
+                head that is more than a product with its weight (an adapter, a quantised or tensor-parallel one), a
+                loss function of your own and torch.compile need the logits, and get them.
             output_mtp_hidden_states: run multi-token prediction's modules and return their states; without labels too.
             output_last_hidden_state: return what the head was given.
             num_items_in_batch: targets in the whole optimizer batch; every loss term is then a sum divided by it, so
@@ -471,9 +471,15 @@ class NanoDeepSeekForCausalLM(NanoDeepSeekPreTrainedModel, GenerationMixin):
         )
         return output if return_dict else output.to_tuple()
 
+    def set_output_embeddings(self, new_embeddings: nn.Module):
+        """transformers resizes a head into a torch Linear."""
+        if type(new_embeddings) is nn.Linear:
+            new_embeddings.__class__ = Head  # with all that it is marked with
+        super().set_output_embeddings(new_embeddings)
+
     def _skips_logits(self, wanted: bool, logits_to_keep: int | torch.Tensor) -> bool:
         whole = isinstance(logits_to_keep, int) and logits_to_keep == 0
-        possible = is_plain_linear(self.lm_head) and self.loss_function is ForCausalLMLoss
+        possible = is_plain_head(self.lm_head) and self.loss_function is ForCausalLMLoss
         return wanted and whole and possible and not torch.compiler.is_compiling()
 
     def _wants_mtp(self, labels: torch.Tensor | None) -> bool:

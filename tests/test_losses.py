@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from modeling_nanodeepseek import losses
-from modeling_nanodeepseek.losses import is_plain_linear, linear_cross_entropy
+from modeling_nanodeepseek.losses import Head, is_plain_head, linear_cross_entropy
 from tests.conftest import assert_close, rms_ratio, tiny_model, tokens
 
 
@@ -18,7 +18,7 @@ def small_chunks(monkeypatch):
 
 
 def example(dtype=torch.float64):
-    head = nn.Linear(18, 97, bias=False, dtype=dtype)
+    head = Head(18, 97, bias=False, dtype=dtype)
     hidden = torch.randn(3, 31, 18, dtype=dtype, requires_grad=True)
     labels = tokens(3, 31)
     labels[0, :9] = labels[1, 20:] = labels[2, 5] = -100
@@ -112,7 +112,7 @@ def test_logits_are_never_all_there(chunk, rows, monkeypatch):
 def test_bf16_adds_up_chunks_in_fp32(monkeypatch):
     """The head's gradient over 100 chunks: a running sum in bf16 is off by 1 % and more."""
     monkeypatch.setattr(losses, "CHUNK", 97 * 3)
-    head, hidden = nn.Linear(18, 97, bias=False).bfloat16(), torch.randn(1, 301, 18).bfloat16()
+    head, hidden = Head(18, 97, bias=False).bfloat16(), torch.randn(1, 301, 18).bfloat16()
     labels = tokens(1, 301)
     exact = head.weight.detach().double().requires_grad_()
     F.cross_entropy((hidden[0, :-1].double() @ exact.T), labels[0, 1:], reduction="sum").backward()
@@ -148,10 +148,19 @@ NOT_PLAIN = {
 
 @pytest.mark.parametrize("change", NOT_PLAIN)
 def test_heads_that_are_more_than_a_product(change):
-    head = nn.Linear(18, 97, bias=False)
-    assert is_plain_linear(head)
+    head = Head(18, 97, bias=False)
+    assert is_plain_head(head)
     NOT_PLAIN[change](head)
-    assert not is_plain_linear(head)
+    assert not is_plain_head(head)
+
+
+def test_a_resized_head_stays_one():
+    """transformers makes a torch Linear of it."""
+    model, ids = tiny_model().train(), tokens()
+    before = model.lm_head.weight.detach().clone()
+    model.resize_token_embeddings(101, mean_resizing=False)
+    assert is_plain_head(model.lm_head) and model.lm_head.out_features == 101
+    assert torch.equal(model.lm_head.weight[:97], before) and model(ids, labels=ids).logits is None
 
 
 class TestInTheModel:
@@ -201,7 +210,7 @@ class TestInTheModel:
         else:
             kept = 31
         output = model(ids, labels=ids, logits_to_keep=kept)
-        assert output.logits is not None and is_plain_linear(model.lm_head) == (change in ("loss", "logits_to_keep"))
+        assert output.logits is not None and is_plain_head(model.lm_head) == (change in ("loss", "logits_to_keep"))
         expected = output.logits.sum() if change == "loss" else ForCausalLMLoss(output.logits, ids, 97)
         assert_close(expected, output.loss, 1e-6)
 

@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 
 from modeling_nanodeepseek import NanoDeepSeekConfig, NanoDeepSeekForCausalLM
+from modeling_nanodeepseek.checkpoints import refuse_foreign
 
 CONFIGURATION = Path(__file__).resolve().parent.parent / "configuration"
 
@@ -31,7 +32,8 @@ def build_config(model: str, variant: str | None = None, **toggles) -> NanoDeepS
         variant: `dense_transformer`, `mla_only`, `moe_only`: toggles by name.
         toggles: config fields that override both.
 
-    Raises: ValueError if there is no such model or variant; the config's own errors for impossible fields.
+    Raises: ValueError if there is no such model or variant, OSError for another kind of model; the config's own errors
+    for impossible fields.
     """
     path = model_files().get(model, Path(model).expanduser())
     if not path.is_file():
@@ -45,6 +47,8 @@ def build_config(model: str, variant: str | None = None, **toggles) -> NanoDeepS
         raise ValueError(f"model {str(path)!r} is not valid JSON: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"model {str(path)!r} must hold a JSON object, and holds a {type(values).__name__}")
+    if "model_type" in values:
+        refuse_foreign(values, str(path))
     changes = known.get(variant, {}) | toggles
     if changes.get("attention_type", values.get("attention_type")) != values.get("attention_type"):
         values.pop("head_dim", None)  # derived from the other kind of attention

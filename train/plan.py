@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 
 from modeling_nanodeepseek import NanoDeepSeekConfig
 
@@ -263,6 +264,8 @@ def main(argv: list[str] | None = None):
     args = build_parser().parse_args(argv)
     try:
         numbers = plan(args)
+    except StrictDataclassError as error:
+        sys.exit(f"error: --model {args.model}: {' '.join(str(error).split())}")
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     print(json.dumps(numbers, indent=2) if args.json else table(numbers))

@@ -1,5 +1,6 @@
 """FP8 training against a transcription of the recipe, tile by tile; what is converted; whole runs."""
 
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from modeling_nanodeepseek import NanoDeepSeekForCausalLM
+from modeling_nanodeepseek.losses import Head
 from tests.conftest import assert_close, checkpoint_activations, rms_ratio, tiny_model, tokens
 from tests.small_run import TINY_MODEL
 from train import fp8, pretrain
@@ -156,6 +158,9 @@ def test_experts_are_made_of_the_same_products(gated, ue8m0):
         off = ((right - mine).abs() > 1e-4 * right.abs().max()).float().mean()
         assert off < 0.01, f"{name}: {off:.1%}"
     assert not ours[3][2].any() and not ours[4][2].any() and not ours[2][9, 1]
+    # Where no token goes anywhere the weights have gradients all the same, zeros, which other processes wait for.
+    gradients = torch.autograd.grad(experts(hidden, torch.full_like(indices, 4), weights).sum(), (up, down))
+    assert not any(gradient.any() for gradient in gradients)
 
 
 # -- what is converted -------------------------------------------------------------------------------------------------
@@ -183,7 +188,7 @@ def test_the_exact_list():
         now = {n for n, m in model.named_modules() if isinstance(m, Fp8BlockLinear)}
         assert now == {name for name in listed if not name.endswith(".experts")}
         assert {name: id(p) for name, p in model.named_parameters()} == {name: id(p) for name, p in before.items()}
-    assert type(v32.lm_head) is nn.Linear and type(v32.model.layers[2].eh_proj) is nn.Linear
+    assert type(v32.lm_head) is Head and type(v32.model.layers[2].eh_proj) is nn.Linear
     assert v32.config._experts_implementation == "fp8_blocks"
     assert "fp8_blocks" not in v32.config.to_json_string()
 
@@ -312,6 +317,17 @@ def test_the_launch_file_leads_to_the_same_conversion(tiny_recipe, monkeypatch):
     monkeypatch.setenv("ACCELERATE_FP8_BACKEND", "TE")
     with pytest.raises(ValueError, match="backend: TE"):
         pretrain.training_arguments(tiny_recipe())
+
+
+def test_the_launch_file_as_it_stands(tiny_recipe, tmp_path):
+    pytest.importorskip("torchao")
+    recipe = tiny_recipe(trainer={"max_steps": 1, "use_cpu": True, "report_to": []})
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configuration/accelerate/fp8.yaml"]
+    command += ["-m", "train.pretrain", "--config", str(tmp_path / "recipe.yaml")]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "stacks of experts; " in done.stdout and (tmp_path / "run" / "model.safetensors").is_file()
 
 
 def test_settings_that_would_not_be_followed_are_refused(tiny_recipe):

@@ -5,6 +5,7 @@ from argparse import Namespace
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
 from tests.conftest import tiny_config, tiny_model, tokens
 from train.accounting import cache_bytes, decode_flops_per_token, fp8_cache_bytes, prefill_flops_per_token
@@ -158,6 +159,18 @@ def test_the_command(capsys, tmp_path):
     training = numbers["training"]
     assert training["tokens_per_second"] == pytest.approx(rate / training["flops_per_token"])
     assert copy_bandwidth(torch.device("cpu"), seconds=0.0) > 1e7 and DEVICES["h100"].flops["bf16"] == 989e12
+
+
+def test_another_familys_config_is_refused(tmp_path, capsys):
+    file = tmp_path / "config.json"
+    for config, message in (
+        (LlamaConfig().to_dict(), "holds a model of type 'llama'"),
+        ({"model_type": "nanodeepseek", "num_attention_heads": 0}, "num_attention_heads=0"),
+    ):
+        file.write_text(json.dumps(config))
+        with pytest.raises(SystemExit, match=message) as caught:
+            main(["--model", str(file), "--device", "h100"])
+        assert str(caught.value).startswith("error: ") and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
