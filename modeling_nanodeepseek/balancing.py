@@ -37,8 +37,9 @@ class ExpertLoad:
         max_violation: max_i load_i / mean load - 1 (0 balanced, E/K - 1 worst); entropy: of the load, divided by ln E
         (1 balanced, 0 one expert); dead_share: share of experts that got no token; bias_range: largest max b - min b.
         """
-        ran = self.tokens.any(-1)  # modules of multi-token prediction may rest
-        load = self.tokens[ran].double()
+        tokens, bias = self.tokens.cpu(), self.bias.cpu()  # Apple's GPUs have no float64
+        ran = tokens.any(-1)  # modules of multi-token prediction may rest
+        load = tokens[ran].double()
         share = load / load.sum(-1, keepdim=True).clamp(min=1)
         experts = load.shape[-1]
         entropy = torch.special.entr(share).sum(-1) / torch.tensor(float(experts)).log()
@@ -46,7 +47,7 @@ class ExpertLoad:
             "expert_max_violation": (share.amax(-1) * experts - 1).mean().item(),
             "expert_load_entropy": entropy.mean().item(),
             "expert_dead_share": (load == 0).double().mean().item(),
-            "expert_bias_range": (self.bias[ran].amax(-1) - self.bias[ran].amin(-1)).amax().item(),
+            "expert_bias_range": (bias[ran].amax(-1) - bias[ran].amin(-1)).amax().item(),
         }
 
 
@@ -87,16 +88,15 @@ def update_expert_bias(
         torch.distributed.all_reduce(tokens, group=group)
         if not tokens.any():
             return None
-    load = tokens.double()
-    steps = gamma * (load.mean(-1, keepdim=True) - load).sign()
+    signs = (tokens.sum(-1, keepdim=True) - experts * tokens).sign()  # whole numbers: a load at the mean is at it
     biases = []
-    for gate, step in zip(gates, steps):
+    for gate, sign in zip(gates, signs):
         gate.tokens_per_expert = None
         bias = gate.e_score_correction_bias
         if bias is None:
             biases.append(torch.zeros(experts, device=device))
             continue
-        bias += step.to(bias)
+        bias += gamma * sign.to(bias)
         if centre:
             bias -= bias.mean()
         biases.append(bias.clone())

@@ -11,6 +11,7 @@ python -m train.evaluate --model runs/quickstart --data stdlib --json figures.js
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -50,9 +51,17 @@ def override_of(text: str) -> tuple[str, Any]:
         raise argparse.ArgumentTypeError(f"{text!r} is not valid YAML: {error}") from error
 
 
+def expression(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no regular expression: {error}") from error
+    return text
+
+
 def load_texts(args: argparse.Namespace) -> Dataset:
     """The documents of --data: all, what a recipe holds out of them, or the first ones."""
-    documents = load_documents([source_of(text) for text in args.data], args.text_field)
+    documents = load_documents([source_of(text) for text in args.data], args.text_field, args.document_start)
     if args.held_out is not None:
         documents = hold_out(documents, args.held_out)[1]
     return documents.select(range(min(args.max_documents or len(documents), len(documents))))
@@ -133,6 +142,7 @@ def evaluate(name: str, documents: Dataset | None, manager: Any, args: argparse.
     result |= {"dtype": str(model.dtype).removeprefix("torch."), "device": str(model.device)}
     if documents is not None:
         how = {"stride": args.stride, "rows": args.rows, "end": args.eos, "batch_size": args.batch_size}
+        how["cut_documents"] = not args.whole_documents
         result["text"] = evaluate_text(model, load_tokenizer(name), documents, context_of(args, config), **how)
     if manager is not None:
         result["tasks"] = run_tasks(model, load_tokenizer(name), manager, args)
@@ -223,12 +233,18 @@ def command_line() -> argparse.ArgumentParser:
         help="what a recipe with this share holds out",
     )
     parser.add_argument("--text-field", default="text", help="column of .jsonl and .parquet files and data sets")
+    parser.add_argument(
+        "--document-start",
+        type=expression,
+        help="rows are lines: documents start where this regular expression matches",
+    )
     parser.add_argument("--max-documents", type=number(int, 1), help="the first ones only")
     parser.add_argument(
         "--context", type=number(int, 2), help=f"tokens of a window; default: the limit, at most {CONTEXT}"
     )
     parser.add_argument("--stride", type=number(int, 1), help="tokens a window reads on; default: half the context")
     parser.add_argument("--rows", type=number(int, 2), help="instead: rows of this length, as evaluated in training")
+    parser.add_argument("--whole-documents", action="store_true", help="with --rows: as data.cut_documents=false")
     parser.add_argument("--no-eos", dest="eos", action="store_false", help="the end of a document is not predicted")
     parser.add_argument("--tasks", type=lambda text: text.split(","), default=[], help="of lm-evaluation-harness: a,b")
     parser.add_argument("--include-path", help="folder of further tasks, in YAML")
@@ -258,6 +274,8 @@ def main(argv: list[str] | None = None):
     args.override = dict(args.override)
     if not (args.data or args.tasks or args.speed):
         command.error("nothing to evaluate: give --data, --tasks or --speed")
+    if args.whole_documents and not args.rows:
+        command.error("--whole-documents goes with --rows: windows never cut a document short")
     if args.rows and (args.context or args.stride or not args.eos):
         command.error("--rows evaluates as training does: --context, --stride and --no-eos do not go with it")
     try:

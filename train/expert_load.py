@@ -46,7 +46,7 @@ def read_expert_load(folder: str | os.PathLike) -> list[dict]:
 def by_layer(load: ExpertLoad, layers: list[int]) -> dict[str, float]:
     """Scalars of each layer that ran: its maximal violation (see `ExpertLoad.metrics`) and max b - min b."""
     numbers = {}
-    for layer, tokens, bias in zip(layers, load.tokens.double(), load.bias):
+    for layer, tokens, bias in zip(layers, load.tokens.cpu().double(), load.bias):
         if tokens.any():
             violation = tokens.max() / tokens.mean() - 1
             numbers[f"expert_max_violation/layer_{layer}"] = violation.item()

@@ -62,11 +62,19 @@ def heed_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+def own_gradient(parameter: nn.Parameter) -> torch.Tensor | None:
+    """The gradient; where processes share it (FSDP2, ZeRO-3), this one's part."""
+    if hasattr(parameter, "ds_id"):
+        from deepspeed.utils import safe_get_local_grad
+
+        return safe_get_local_grad(parameter)
+    return parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
+
+
 def non_finite_gradients(parameters: Iterable[tuple[str, nn.Parameter]]) -> list[str]:
-    """Names of parameters whose gradient (of FSDP, this rank's part of it) holds NaN or infinity."""
-    grads = {name: parameter.grad for name, parameter in parameters if parameter.grad is not None}
-    parts = {name: grad.to_local() if isinstance(grad, DTensor) else grad for name, grad in grads.items()}
-    parts = {name: part for name, part in parts.items() if part.numel()}
+    """Names of parameters whose `own_gradient` holds NaN or infinity."""
+    grads = {name: own_gradient(parameter) for name, parameter in parameters}
+    parts = {name: grad for name, grad in grads.items() if grad is not None and grad.numel()}
     if not parts:
         return []
     norms = torch._foreach_norm(list(parts.values()), torch.inf)

@@ -49,6 +49,17 @@ def multiplies_bf16(device: torch.device) -> bool:
     return device.type == "cpu" and torch.cpu._is_amx_tile_supported()
 
 
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """What many losses are summed in there; Apple's GPUs have no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def wait_for(device: torch.device):
+    """Until the device has done all it was told; a CPU always has."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
 def name_of(device: torch.device) -> str:
     """What the maker calls the device; of a CPU what Linux says of it."""
     if device.type == "cuda":
@@ -66,8 +77,7 @@ def matmul_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) 
     def run() -> float:
         start = time.perf_counter()
         a @ b
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        wait_for(device)
         return time.perf_counter() - start
 
     run()
@@ -109,8 +119,7 @@ def copy_bandwidth(device: torch.device, seconds: float = 0.2) -> float:
     while len(times) < 3 or time.perf_counter() - begin < seconds:
         start = time.perf_counter()
         target.copy_(source)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        wait_for(device)
         times.append(time.perf_counter() - start)
     return 2 * source.numel() / min(times)
 

@@ -49,7 +49,8 @@ class MuonAdamW(torch.optim.Optimizer):
     """
 
     def __init__(self, groups: list[dict], *, betas=(0.9, 0.95), eps=1e-8, momentum=0.95, ns_steps=5):
-        defaults = {"lr": 1e-3, "weight_decay": 0.0, "muon": False, "row_blocks": 1}
+        # `fused`: a resume then puts the count of steps beside the parameter, where the kernel wants it.
+        defaults = {"lr": 1e-3, "weight_decay": 0.0, "muon": False, "row_blocks": 1, "fused": True}
         super().__init__(groups, defaults | {"betas": betas, "eps": eps, "momentum": momentum, "ns_steps": ns_steps})
 
     @torch.no_grad()
@@ -104,7 +105,7 @@ class MuonAdamW(torch.optim.Optimizer):
             [local(state["exp_avg_sq"]) for state in states],
             [],
             [state["step"] for state in states],
-            fused=True,
+            fused=group["fused"],
             amsgrad=False,
             beta1=group["betas"][0],
             beta2=group["betas"][1],

@@ -5,6 +5,7 @@ import os
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from packaging.version import Version
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import Trainer
 from transformers.distributed import DistributedConfig
@@ -34,15 +35,25 @@ def settle_fsdp2(trainer: Trainer):
     """Leaves casts to autocast under FSDP2, as without it. accelerate would have it cast parameters, inputs and outputs
     to bf16: routers too, the number of targets that the loss is divided by, and the losses.
 
-    Raises: ValueError for checkpoints in parts, since a model in parts is nothing that from_pretrained reads.
+    Raises: ValueError for checkpoints in parts, since a model in parts is nothing that from_pretrained reads; and
+    before torch 2.13 for evaluating before the end with multi-token prediction, which uses the head by itself: in
+    evaluation that leaves FSDP's group of the last norm and the head half done there.
     """
     if not (trainer.is_fsdp_enabled and trainer.accelerator.is_fsdp2):
         return
-    plugin = trainer.accelerator.state.fsdp_plugin
+    plugin, args = trainer.accelerator.state.fsdp_plugin, trainer.args
     if "FULL_STATE_DICT" not in str(plugin.state_dict_type):
         raise ValueError(
             f"fsdp_state_dict_type: {plugin.state_dict_type.name} in the launch file would save no model that "
             "from_pretrained reads: use FULL_STATE_DICT"
+        )
+    strategy, at_start = args.eval_strategy.value, args.eval_on_start
+    predicts, evaluates = trainer.model.config.num_nextn_predict_layers, strategy != "no" or at_start
+    if predicts and evaluates and Version(torch.__version__) < Version("2.13"):
+        raise ValueError(
+            f"trainer.eval_strategy={strategy} and eval_on_start={at_start} with multi-token prediction under FSDP2 "
+            f"need torch 2.13, and this is {torch.__version__}: set them to no and false, the end is evaluated in any "
+            "case"
         )
     plugin.mixed_precision_policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
 

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .data import pack
+from .hardware import sum_dtype
 
 Piece = tuple[list[int], int]  # tokens, and how many of them, the last ones, are scored
 SORTED = 1024  # pieces of like length share a batch, among so many
@@ -58,9 +59,9 @@ def sliding(
             yield from windows([first, *tokens, *last], context, stride)
 
 
-def packed(documents: Dataset, tokenizer: PreTrainedTokenizerBase, length: int) -> Iterator[Piece]:
+def packed(documents: Dataset, tokenizer: PreTrainedTokenizerBase, length: int, cut: bool = True) -> Iterator[Piece]:
     """Documents cut where training's evaluation cuts them, at the ends of rows of `length` tokens: its figure."""
-    for row in pack(documents, tokenizer, length):
+    for row in pack(documents, tokenizer, length, cut_documents=cut):
         ids, positions = row["input_ids"].tolist(), row["position_ids"].tolist()
         held = int(row["attention_mask"].sum())
         starts = [t for t in range(held) if positions[t] == 0]
@@ -86,7 +87,7 @@ def score(model: PreTrainedModel, pieces: Iterable[Piece], batch_size: int = 8) 
                 predicted = predicted[start - 1 : stop - 1]  # in fp32 a row at a time: a vocabulary can be large
                 predicted = predicted.to(torch.promote_types(predicted.dtype, torch.float32))
                 losses = F.cross_entropy(predicted, row[start:stop], reduction="none")
-                nats, count = nats + losses.double().sum().item(), count + scored
+                nats, count = nats + losses.sum(dtype=sum_dtype(losses.device)).item(), count + scored
     return nats, count
 
 
@@ -99,6 +100,7 @@ def evaluate_text(
     rows: int | None = None,
     end: bool = True,
     batch_size: int = 8,
+    cut_documents: bool = True,
 ) -> dict:
     """The figures of a model on documents.
 
@@ -106,6 +108,7 @@ def evaluate_text(
         context, stride: for `windows`; stride defaults to half the context.
         rows: instead of those, cut documents as training's evaluation does in rows of so many tokens.
         end: predict `<eos>` too.
+        cut_documents: of rows, the recipe's `data.cut_documents`.
 
     Raises: ValueError for a tokenizer that the model has no embeddings for, or a loss that is no number.
     """
@@ -113,7 +116,10 @@ def evaluate_text(
     if len(tokenizer) > embeddings:
         raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, and the model embeds only {embeddings}")
     stride = max(1, context // 2) if stride is None else stride
-    pieces = packed(documents, tokenizer, rows) if rows else sliding(documents, tokenizer, context, stride, end)
+    if rows:
+        pieces = packed(documents, tokenizer, rows, cut_documents)
+    else:
+        pieces = sliding(documents, tokenizer, context, stride, end)
     nats, tokens = score(model, tqdm(pieces, desc="scoring", unit="window", disable=None, leave=False), batch_size)
     if not math.isfinite(nats):
         raise ValueError(f"the model's loss on this data is {nats}")

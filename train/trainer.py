@@ -26,7 +26,7 @@ from .expert_load import ExpertLoadLog
 from .faults import check_finite
 from .fp8 import convert_no_further
 from .gradients import gradient_norms
-from .hardware import matmul_peak
+from .hardware import matmul_peak, sum_dtype
 from .optimizers import build_optimizer
 from .parallel import settle_fsdp2, shard_on_cpu
 from .recipe import MtpSection, Recipe, ScheduleSection
@@ -260,7 +260,7 @@ class NanoDeepSeekTrainer(StreamedSteps, AtomicCheckpoints, Trainer):
         if not inputs:  # an empty micro-batch of a smaller step
             return loss
         self._batches.append((inputs, loss))
-        if self.accelerator.sync_gradients:  # before what is not finite reaches a weight
+        if self.accelerator.sync_gradients:  # before what is not finite reaches a weight; DeepSpeed skips such a step
             batches, self._batches = self._batches, []
             check_finite(self.accelerator, model, batches, self.state.global_step + 1, self._prepare_inputs)
             if self._logs_gradients():  # before gradients are clipped
@@ -351,7 +351,7 @@ class NanoDeepSeekTrainer(StreamedSteps, AtomicCheckpoints, Trainer):
                 recall = torch.stack(outputs.index_recall).mean(0)
                 counted = (shifted != -100) & ~recall.isnan()
                 terms += [recall.masked_fill(~counted, 0.0), counted]
-            rows = torch.stack([term.double().sum(-1) for term in terms], -1)
+            rows = torch.stack([term.sum(-1, dtype=sum_dtype(term.device)) for term in terms], -1)
             sums[: len(terms)] += self.accelerator.gather_for_metrics(rows).sum(0).cpu()
             self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         nats, targets, *further = sums.tolist()

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
@@ -214,10 +215,20 @@ def test_bad_input_is_one_clear_error(case, folder, tmp_path, monkeypatch):
     assert "\n" not in message, message
 
 
+def test_lines_are_joined_as_a_recipe_joins_them(tmp_path):
+    lines = [" = One = \n", " first\n", " = Two = \n", "", " second\n"]
+    Dataset.from_dict({"text": lines}).to_parquet(tmp_path / "wiki.parquet")
+    arguments = ["--model", "any", "--data", str(tmp_path / "wiki.parquet"), "--document-start", " = [^=]+ = \n"]
+    texts = evaluate.load_texts(evaluate.command_line().parse_args(arguments))["text"]
+    assert list(texts) == [" = One = \n first\n", " = Two = \n second\n"]
+
+
 def test_arguments_that_do_not_go_together(folder, capsys):
     for arguments, words in (
         ([], "nothing to evaluate"),
         (["--data", "stdlib", "--rows", "8", "--stride", "2"], "--rows evaluates as training does"),
+        (["--data", "stdlib", "--whole-documents"], "--whole-documents goes with --rows"),
+        (["--data", "stdlib", "--document-start", "("], "'(' is no regular expression"),
         (["--data", "stdlib", "--override", "x"], "must read field=value"),
         (["--data", "stdlib", "--held-out", "0"], "0.0 is not above 0"),
     ):

@@ -115,6 +115,19 @@ def test_adamw_is_torchs_adamw():
 
 
 @pytest.mark.parametrize("name", ["muon", "adamw"])
+def test_a_count_of_steps_is_loaded_beside_its_parameter(name):
+    """As the fused kernel wants it; checkpoints are read on the CPU. "meta" stands in for another device."""
+    optimizer = build_optimizer(tiny_model().train(), section := OptimizerSection(name=name))
+    for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    elsewhere = build_optimizer(tiny_model().to("meta"), section)
+    elsewhere.load_state_dict(optimizer.state_dict())
+    counts = [state["step"] for state in elsewhere.state.values() if "step" in state]
+    assert counts and all(count.device.type == "meta" for count in counts)
+
+
+@pytest.mark.parametrize("name", ["muon", "adamw"])
 def test_state_survives_saving(name):
     """Three steps, save, load, three more = six steps."""
 

@@ -1,9 +1,13 @@
 """What of `parallel.expert` cannot be is one error before anything is shared."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
+import torch
 from accelerate import FullyShardedDataParallelPlugin
+from transformers import TrainingArguments
+from transformers.trainer_utils import IntervalStrategy
 
 from tests.conftest import EARLIER_TRANSFORMERS, tiny_model
 from train.parallel import settle_fsdp2, share_experts
@@ -27,16 +31,43 @@ def test_impossible_expert_parallelism(size, variables, message, monkeypatch):
         share_experts(tiny_model(), ParallelSection(expert=size))
 
 
-def test_checkpoints_in_parts_are_refused(monkeypatch):
+@pytest.fixture
+def fsdp2(monkeypatch):
+    """As much of a trainer under FSDP2 as is asked for there."""
     monkeypatch.setenv("FSDP_VERSION", "2")
-    plugin = FullyShardedDataParallelPlugin(state_dict_type="SHARDED_STATE_DICT")
-    accelerator = SimpleNamespace(is_fsdp2=True, state=SimpleNamespace(fsdp_plugin=plugin))
-    trainer = SimpleNamespace(is_fsdp_enabled=True, accelerator=accelerator)
+    plugin = FullyShardedDataParallelPlugin(state_dict_type="FULL_STATE_DICT")
+    return SimpleNamespace(
+        is_fsdp_enabled=True,
+        accelerator=SimpleNamespace(is_fsdp2=True, state=SimpleNamespace(fsdp_plugin=plugin)),
+        args=TrainingArguments(eval_strategy="steps", eval_steps=1, use_cpu=True),
+        model=tiny_model(num_nextn_predict_layers=1),
+    )
+
+
+def test_checkpoints_in_parts_are_refused(fsdp2):
+    plugin = fsdp2.accelerator.state.fsdp_plugin
+    plugin.set_state_dict_type("SHARDED_STATE_DICT")
     with pytest.raises(ValueError, match="SHARDED_STATE_DICT in the launch file.*use FULL_STATE_DICT"):
-        settle_fsdp2(trainer)
+        settle_fsdp2(fsdp2)
     plugin.set_state_dict_type("FULL_STATE_DICT")
-    settle_fsdp2(trainer)
+    fsdp2.args.eval_strategy = IntervalStrategy.NO  # on every torch
+    settle_fsdp2(fsdp2)
     assert plugin.mixed_precision_policy.param_dtype is None and not plugin.mixed_precision_policy.cast_forward_inputs
+
+
+@pytest.mark.parametrize("version, change, refused", [
+    ("2.12.1", {}, "eval_strategy=steps and eval_on_start=False.* need torch 2.13, and this is 2.12.1"),
+    ("2.12.1", {"eval_strategy": IntervalStrategy.NO, "eval_on_start": True}, "and eval_on_start=True"),
+    ("2.12.1", {"eval_strategy": IntervalStrategy.NO}, None),
+    ("2.12.1", {"num_nextn_predict_layers": 0}, None),
+    ("2.13.0+cpu", {}, None),
+])  # fmt: skip
+def test_evaluating_before_the_end_on_an_earlier_torch(fsdp2, version, change, refused, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", version)
+    for name, value in change.items():
+        setattr(fsdp2.model.config if name.startswith("num_") else fsdp2.args, name, value)
+    with pytest.raises(ValueError, match=refused) if refused else nullcontext():
+        settle_fsdp2(fsdp2)
 
 
 def test_one_process_shares_nothing():

@@ -89,6 +89,16 @@ def test_it_equals_the_trainers_evaluation(tiny_recipe, tmp_path):
     figures = evaluate_text(model, tokenizer, validation, 64, rows=32)
     assert figures["tokens"] == expected["eval_tokens"]
     assert figures["bits_per_byte"] == pytest.approx(expected["eval_bits_per_byte"], rel=1e-6)
+    whole = evaluate_text(model, tokenizer, validation, 64, rows=32, cut_documents=False)
+    trainer.eval_dataset = pretrain.pack(validation, tokenizer, 32, cut_documents=False)
+    assert (
+        whole["bits_per_byte"]
+        == pytest.approx(
+            trainer.evaluate(trainer.eval_dataset)["eval_loss"] * whole["tokens"] / math.log(2) / whole["bytes"],
+            rel=1e-6,
+        )
+        and whole["loss"] != figures["loss"]
+    )
     others = evaluate_text(model, tokenizer, validation, 32, 31)  # cut elsewhere
     assert others["tokens"] == figures["tokens"] and others["loss"] != figures["loss"]
 
