@@ -172,15 +172,22 @@ def load_model(recipe: Recipe, tokenizer) -> NanoDeepSeekForCausalLM:
 def extended(folder: str, section: ContextSection) -> NanoDeepSeekConfig:
     """The config of a checkpoint, with a longer context by YaRN (arXiv:2309.00071; V3 report section 4.3).
 
-    Raises: ValueError for a length that is no longer than the original one, beyond what the factor reaches, or for a
-    model with another kind of scaling.
+    What the checkpoint's own YaRN says holds where the section is silent: it was trained with that temperature.
+
+    Raises: ValueError for a length below the one it has, no longer than the original, or beyond what the factor
+    reaches, and for a model with another kind of scaling.
     """
     config = NanoDeepSeekConfig.from_pretrained(folder)
     rope = config.rope_parameters
     if rope["rope_type"] not in ("default", "yarn"):
         raise ValueError(f"model.context extends plain rotary positions by YaRN; this model has {rope['rope_type']!r}")
     original = section.original or rope.get("original_max_position_embeddings") or config.max_position_embeddings
-    factor = section.factor or section.length / original
+    factor = section.factor or max(rope.get("factor", 1.0), section.length / original)
+    if section.length < config.max_position_embeddings:
+        raise ValueError(
+            f"model.context.length={section.length} is below the {config.max_position_embeddings} tokens that the "
+            "checkpoint has: it would lose some"
+        )
     if section.length <= original:
         raise ValueError(f"model.context.length={section.length} is no extension of the original {original} tokens")
     if section.length > factor * original:
@@ -194,11 +201,12 @@ def extended(folder: str, section: ContextSection) -> NanoDeepSeekConfig:
         "rope_theta": rope["rope_theta"],
         "factor": float(factor),
         "original_max_position_embeddings": original,
-        "beta_fast": section.beta_fast,
-        "beta_slow": section.beta_slow,
-        "mscale": section.mscale_all_dim,
-        "mscale_all_dim": section.mscale_all_dim,
     }
+    for field, default in (("beta_fast", 32.0), ("beta_slow", 1.0), ("mscale_all_dim", 1.0)):
+        chosen = getattr(section, field)
+        config.rope_parameters[field] = rope.get(field, default) if chosen is None else chosen
+    kept = section.mscale_all_dim is None and "mscale" in rope
+    config.rope_parameters["mscale"] = rope["mscale"] if kept else config.rope_parameters["mscale_all_dim"]
     return config
 
 

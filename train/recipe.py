@@ -56,11 +56,12 @@ class ContextSection(Section):
     factor of the end, 40 (report section 4.3)."""
 
     length: int = Field(ge=2)  # tokens; the new max_position_embeddings
-    factor: float | None = Field(default=None, ge=1)  # default: length / original
+    factor: float | None = Field(default=None, ge=1)  # default: the config's, or length / original if that is more
     original: int | None = Field(default=None, ge=2)  # the length before any extension; default: what the config says
-    beta_fast: float = Field(default=32.0, gt=0)
-    beta_slow: float = Field(default=1.0, gt=0)
-    mscale_all_dim: float = Field(default=1.0, ge=0)  # scores grow by (0.1 mscale_all_dim ln factor + 1)^2
+    # Default: what a config already has that is YaRN's; else these of V3's report.
+    beta_fast: float | None = Field(default=None, gt=0)  # 32
+    beta_slow: float | None = Field(default=None, gt=0)  # 1
+    mscale_all_dim: float | None = Field(default=None, ge=0)  # 1; scores grow by (0.1 mscale_all_dim ln factor + 1)^2
 
 
 class ModelSection(Section):

@@ -304,6 +304,15 @@ def test_a_longer_context(tiny_recipe, tmp_path):
         pretrain.load_model(longer("short", 64), range(320))
     with pytest.raises(ValueError, match="length=128 is beyond what factor=1.5 makes of the original 64 tokens, 96"):
         pretrain.load_model(longer("short", 128, factor=1.5), range(320))
+    with pytest.raises(ValueError, match="length=96 is below the 128 tokens that the checkpoint has"):
+        pretrain.load_model(longer("128", 96), range(320))
+    # A checkpoint's own temperature and ramp stay, unless the recipe says otherwise.
+    own = config.rope_parameters | {"factor": 40.0, "mscale": 0.9, "mscale_all_dim": 0.707, "beta_fast": 16.0}
+    file = tmp_path / "128" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"rope_parameters": own}))
+    assert pretrain.load_model(longer("128", 256), range(320)).config.rope_parameters == own
+    other = pretrain.load_model(longer("128", 256, mscale_all_dim=0.5, beta_slow=2.0), range(320))
+    assert other.config.rope_parameters == own | {"mscale": 0.5, "mscale_all_dim": 0.5, "beta_slow": 2.0}
     with pytest.raises(ValueError, match="context extends a checkpoint"):
         tiny_recipe(model={"context": {"length": 128}})
 
