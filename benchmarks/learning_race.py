@@ -71,13 +71,14 @@ def adamw(model: nn.Module) -> torch.optim.Optimizer:
 
 def our_optimizer(model: nn.Module) -> MuonAdamW:
     """The quickstart's, on transformers' classes: their fused experts hold two matrices each, as ours do."""
-    groups = parameter_groups(model, load_recipe(QUICKSTART).optimizer)
+    section = load_recipe(QUICKSTART).optimizer
+    groups = parameter_groups(model, section)
     fused = {id(p) for n, p in model.named_parameters() if n.endswith("gate_up_proj")}
     for group in [group for group in groups if group["name"] == "matrices"]:
         pairs = [p for p in group["params"] if id(p) in fused]
         group["params"] = [p for p in group["params"] if id(p) not in fused]
         groups.append(group | {"name": "gate_up", "params": pairs, "row_blocks": 2})
-    return MuonAdamW(groups)
+    return MuonAdamW(groups, betas=section.betas, momentum=section.momentum)
 
 
 def deepseek_v3(ids: dict) -> nn.Module:

@@ -28,6 +28,16 @@ def test_shipped_recipes_load():
         load_recipe(str(recipe), kind=FinetuneRecipe if recipe.stem.startswith("finetune") else Recipe)
 
 
+def test_the_quickstarts_differ_by_the_module_alone():
+    one, two = (
+        load_recipe(f"configuration/recipes/{name}.yaml").model_dump() for name in ("quickstart", "quickstart_mtp")
+    )
+    assert two["mtp"] is not None and two["model"]["overrides"].pop("num_nextn_predict_layers") == 1
+    for recipe in (one, two):
+        recipe.pop("output_dir"), recipe.pop("mtp")
+    assert one == two
+
+
 def test_overrides_of_any_field(recipe_file):
     changes = [
         "optimizer.matrix_lr=1e-3",
