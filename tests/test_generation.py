@@ -5,50 +5,13 @@ import copy
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import CompileConfig, DynamicCache, StaticCache
+from transformers import DynamicCache, StaticCache
 from transformers.generation.streamers import BaseStreamer
 
 from modeling_nanodeepseek import Fp8LatentCache, LatentCache
-from tests.conftest import SPARSE, assert_close, graphs, tiny_model
-from tests.conftest import tokens as any_tokens
+from tests.conftest import SPARSE, assert_close, tiny_model
+from tests.generating import GQA, KINDS, SETTINGS, a_cache, by_hand, choose_best, kinds, padded, tokens
 from tests.parity.test_deepseek_v3 import pair
-
-GQA = {"attention_type": "gqa", "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
-KINDS = {
-    "mla": {},
-    "mla-expanded": {"attention_form": "expanded"},
-    "mla-absorbed": {"attention_form": "absorbed"},
-    "gqa": GQA,
-    "dsa": SPARSE,
-}
-kinds = pytest.mark.parametrize("kind", KINDS)
-SETTINGS = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": 8}
-
-
-def tokens(*args, **kwargs) -> torch.Tensor:
-    """Prompts without 0, the padding token: generate() takes it for padding where no mask is given."""
-    return any_tokens(*args, **kwargs).clamp(min=1)
-
-
-def choose_best(logits: torch.Tensor) -> torch.Tensor:
-    return logits.argmax(-1, keepdim=True)
-
-
-@torch.no_grad()
-def by_hand(model, ids: torch.Tensor, new: int = 8, choose=choose_best, read=None) -> torch.Tensor:
-    """ids [B, T] with `new` tokens more; `read(ids)` gives logits, by default a forward of everything, uncached."""
-    for _ in range(new):
-        logits = model(ids, use_cache=False).logits if read is None else read(ids)
-        ids = torch.cat((ids, choose(logits[:, -1])), -1)
-    return ids
-
-
-def padded(rows: list[torch.Tensor], side: str = "left") -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of unequal length as one batch, and its mask; the padding is a token that would show."""
-    length = max(map(len, rows))
-    ends = [(length - len(row), 0) if side == "left" else (0, length - len(row)) for row in rows]
-    ids = torch.stack([F.pad(row, end, value=3) for row, end in zip(rows, ends)])
-    return ids, torch.stack([F.pad(torch.ones_like(row), end) for row, end in zip(rows, ends)])
 
 
 def uneven_rows() -> list[torch.Tensor]:
@@ -220,6 +183,14 @@ def test_prompt_lookup(kind, monkeypatch):
     actual = model.generate(ids, prompt_lookup_num_tokens=4, **SETTINGS | {"max_new_tokens": 40})
     assert torch.equal(expected, actual)
     assert len(fed) < 40 and sum(fed) > 44 + 40
+
+
+def test_drafts_by_an_early_exit():
+    model = tiny_model(eos_token_id=None)
+    settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    expected = model.generate(tokens(1, 9), **settings)
+    assert torch.equal(expected, model.generate(tokens(1, 9), assistant_early_exit=2, **settings))
+    assert torch.equal(expected, model.generate(tokens(1, 9), **settings))
 
 
 # -- batches, padding, masks -------------------------------------------------------------------------------------------
@@ -401,15 +372,6 @@ def test_streaming(mode):
 # -- continuing, chunks ------------------------------------------------------------------------------------------------
 
 
-def a_cache(name: str, model):
-    return {
-        "latent": lambda: LatentCache(model.config),
-        "fp8": lambda: Fp8LatentCache(model.config),
-        "transformers": lambda: DynamicCache(config=model.config),
-        "static": lambda: StaticCache(config=model.config, max_cache_len=64),
-    }[name]()
-
-
 @pytest.mark.parametrize("cached", ["latent", "fp8", "transformers", "static"])
 @pytest.mark.parametrize("kind", ["mla-expanded", "mla-absorbed", "dsa"])
 def test_a_conversation(kind, cached):
@@ -521,277 +483,3 @@ def test_offloading(implementation, kind):
     assert torch.equal(by_hand(model, ids), output.sequences)
     if implementation == "offloaded":
         assert [layer.keys.device.type for layer in output.past_key_values.layers].count("cpu") >= 2
-
-
-# -- static cache and compilation --------------------------------------------------------------------------------------
-
-
-ONE_LAYER = {"num_hidden_layers": 1, "first_k_dense_replace": 0}  # with experts: to compile takes long enough
-
-
-@kinds
-@torch.no_grad()
-def test_a_static_cache_is_used_again(kind):
-    model = tiny_model(**KINDS[kind])
-    cache = StaticCache(config=model.config, max_cache_len=30)
-    for length in (7, 11, 3):
-        ids = tokens(2, length, seed=length)
-        assert torch.equal(by_hand(model, ids), model.generate(ids, past_key_values=cache, **SETTINGS))
-        cache.reset()
-
-
-@pytest.mark.parametrize("kind", ["mla-expanded", "mla-absorbed", "gqa", "dsa"])
-@torch.no_grad()
-def test_compiled_with_a_static_cache(kind, fresh_compiler):
-    """Prompt and decode step: a graph each for 24 tokens, and for the next text in the same cache."""
-    model = tiny_model(**ONE_LAYER, **KINDS[kind])
-    step = torch.compile(model.forward, fullgraph=True, dynamic=False, backend="eager")
-    cache = StaticCache(config=model.config, max_cache_len=40)
-    model(tokens(2, 7), past_key_values=cache)  # it takes its memory at the first update: better outside a graph
-    for seed in (1, 2):
-        cache.reset()
-        ids = tokens(2, 7, seed=seed)
-        chosen = choose_best(step(ids, past_key_values=cache).logits[:, -1])
-        written = [ids, chosen]
-        for _ in range(23):
-            chosen = choose_best(step(chosen, past_key_values=cache).logits[:, -1])
-            written.append(chosen)
-        assert torch.equal(by_hand(model, ids, 24), torch.cat(written, -1))
-        assert graphs() == 2
-
-
-@pytest.mark.parametrize("kind", ["mla", "gqa", "dsa"])
-def test_generate_compiles_by_itself(kind, fresh_compiler):
-    """As on a GPU, where generate() compiles the decode step by default: one graph, also for the second text."""
-    model = tiny_model(**ONE_LAYER, **KINDS[kind])
-    compilation = CompileConfig(fullgraph=True, mode=None, backend="aot_eager")
-    compilation._compile_all_devices = True
-    settings = SETTINGS | {"cache_implementation": "static", "compile_config": compilation, "max_new_tokens": 24}
-    for lengths in ((9, 4), (6, 8)):
-        ids, mask = padded([tokens(1, n, seed=n)[0] for n in lengths])
-        plain = model.generate(ids, attention_mask=mask, **SETTINGS | {"max_new_tokens": 24})
-        assert torch.equal(plain, model.generate(ids, attention_mask=mask, **settings))
-        assert graphs() == 1
-
-
-@pytest.mark.parametrize("kind", [LatentCache, Fp8LatentCache])
-@pytest.mark.parametrize("attention", [{}, SPARSE | {"sparse_form": "gathered"}], ids=["mla", "dsa"])
-@torch.no_grad()
-def test_compiled_decoding_with_a_growing_cache(attention, kind, fresh_compiler):
-    """A graph for the first length, one for all lengths after it; none per token. (With the form of sparse attention
-    left to its cost, one more where that changes.)"""
-    model, ids = tiny_model(**ONE_LAYER, **attention), tokens(2, 7)
-    step = torch.compile(model.forward, fullgraph=True, backend="eager")
-    cache, seen = kind(model.config), []
-    chosen = choose_best(model(ids, past_key_values=cache).logits[:, -1])
-    written = [ids, chosen]
-    for _ in range(40):
-        chosen = choose_best(step(chosen, past_key_values=cache).logits[:, -1])
-        written.append(chosen)
-        seen.append(graphs())
-    expected = model.generate(ids, past_key_values=kind(model.config), **SETTINGS | {"max_new_tokens": 41})
-    assert torch.equal(expected, torch.cat(written, -1))
-    assert seen == [1] + [2] * 39
-
-
-# -- errors ------------------------------------------------------------------------------------------------------------
-
-
-def wrong_masks() -> dict:
-    """For a batch of 2 with 5 tokens after 7 cached ones, in a model of 3 heads."""
-    return {
-        "short": (torch.ones(2, 11), r"\[2, 11\].*\(7 of them cached\).*\[2, 12\]"),
-        "news alone": (torch.ones(2, 5), r"\[2, 5\].*\[2, 12\]"),
-        "long": (torch.ones(2, 13), r"\[2, 13\].*\[2, 12\]"),
-        "another batch": (torch.ones(1, 12), r"\[1, 12\].*\[2, 12\]"),
-        "one dim": (torch.ones(12), r"1 dims, \[12\]: .* 2 or 4"),
-        "three dims": (torch.ones(2, 5, 12, dtype=torch.bool), r"3 dims, \[2, 5, 12\]"),
-        "keys": (torch.ones(2, 1, 5, 5, dtype=torch.bool), r"\[2, 1, 5, 5\].*\[2 or 1, 3 or 1, 5, 12\]"),
-        "queries": (torch.ones(2, 1, 12, 12, dtype=torch.bool), r"\[2, 1, 12, 12\]"),
-        "heads": (torch.ones(2, 2, 5, 12, dtype=torch.bool), r"\[2, 2, 5, 12\]"),
-        "4-D batch": (torch.ones(3, 1, 5, 12, dtype=torch.bool), r"\[3, 1, 5, 12\]"),
-        "integers": (torch.ones(2, 1, 5, 12, dtype=torch.long), r"4-D and of torch.int64.*boolean.*floating"),
-    }
-
-
-@pytest.mark.parametrize("case", wrong_masks())
-@pytest.mark.parametrize("cached", ["latent", "fp8", "transformers"])
-@torch.no_grad()
-def test_wrong_masks(cached, case):
-    model, (mask, message) = tiny_model(), wrong_masks()[case]
-    cache = a_cache(cached, model)
-    model(tokens(2, 7), past_key_values=cache)
-    with pytest.raises(ValueError, match=message):
-        model(tokens(2, 5), attention_mask=mask, past_key_values=cache)
-    assert cache.get_seq_length() == 7  # refused before anything was written
-
-
-@torch.no_grad()
-def test_masks_of_a_static_cache():
-    """As long as the tokens so far or as the cache; 4-D as wide as the cache."""
-    model, ids = tiny_model(), tokens(2, 12)
-    expected = model(ids).logits[:, 7:]
-    visible = torch.ones(5, 20, dtype=torch.bool).tril(7)[None, None]
-    for mask in (torch.ones(2, 12), F.pad(torch.ones(2, 12), (0, 8)), visible):
-        cache = StaticCache(config=model.config, max_cache_len=20)
-        model(ids[:, :7], past_key_values=cache)
-        assert_close(expected, model(ids[:, 7:], attention_mask=mask, past_key_values=cache).logits, 1e-5)
-    cache = StaticCache(config=model.config, max_cache_len=20)
-    model(ids[:, :7], past_key_values=cache)
-    with pytest.raises(ValueError, match=r"\[2, 11\].*\[2, 12\]"):
-        model(ids[:, 7:], attention_mask=torch.ones(2, 11), past_key_values=cache)
-    with pytest.raises(ValueError, match=r"\[1, 1, 5, 12\].*5, 20\]"):
-        model(ids[:, 7:], attention_mask=visible[..., :12], past_key_values=cache)
-
-
-@pytest.mark.parametrize(
-    "other, message",
-    [
-        ({"num_hidden_layers": 2}, r"2 layers, .* num_hidden_layers=3"),
-        ({"kv_lora_rank": 24}, r"1 x 30 numbers .* 1 x 28"),
-        ({"attention_type": "gqa", "head_dim": 28, "num_key_value_heads": 3}, r"3 x 28 numbers .* 1 x 28"),
-    ],
-)
-@pytest.mark.parametrize("cached", ["latent", "transformers", "static"])
-@torch.no_grad()
-def test_caches_of_other_models(cached, other, message):
-    other = tiny_model(**other)
-    cache = a_cache(cached, other)
-    other(tokens(2, 7), past_key_values=cache)
-    with pytest.raises(ValueError, match=f"another model's: .*{message}"):
-        tiny_model()(tokens(2, 5), past_key_values=cache)
-    with pytest.raises(ValueError, match=f"another model's: .*{message}"):
-        tiny_model().generate(tokens(2, 9), past_key_values=cache, **SETTINGS)
-
-
-@pytest.mark.parametrize(
-    "before, after, message",
-    [
-        ({"dsa_stage": "dense"}, {}, "holds no keys of the indexer: .* in dsa_stage='dense'"),
-        ({"index_topk": None}, {}, "holds no keys of the indexer: .* by a model without one"),
-        ({}, {"dsa_stage": "dense"}, "holds keys of an indexer: .* not in dsa_stage='dense'"),
-        ({}, {"index_topk": None}, "holds keys of an indexer: it was filled by a model with one"),
-        ({"index_head_dim": 12}, {}, "is another model's: its keys of the indexer hold 12 numbers, not 10"),
-    ],
-)
-@pytest.mark.parametrize("cached", ["latent", "fp8", "transformers", "static"])
-@torch.no_grad()
-def test_caches_of_other_stages(cached, before, after, message):
-    """Also where all of its tokens were cropped off: the memory it keeps is of the other width."""
-    before, after = tiny_model(**SPARSE | before), tiny_model(**SPARSE | after)
-    cache = a_cache(cached, before)
-    before(tokens(2, 7), past_key_values=cache)
-    with pytest.raises(ValueError, match=f"The cache {message}.*fresh cache"):
-        after(tokens(2, 5), past_key_values=cache)
-    if cached != "static":
-        cache.crop(-7)
-        with pytest.raises(ValueError, match=f"The cache {message}"):
-            after(tokens(2, 5), past_key_values=cache)
-    cache.reset()
-    if cached in ("latent", "fp8"):
-        assert after(tokens(2, 5), past_key_values=cache).logits.isfinite().all()
-
-
-@torch.no_grad()
-def test_latents_are_no_keys():
-    latent, gqa = tiny_model(), tiny_model(**GQA)
-    cache = LatentCache(latent.config)
-    latent(tokens(2, 7), past_key_values=cache)
-    with pytest.raises(ValueError, match=r"another model's: .* 1 x 28 numbers .* 2 x 8"):
-        gqa(tokens(2, 5), past_key_values=cache)
-    with pytest.raises(ValueError, match="is a tuple: it must be a Cache"):
-        latent(tokens(2, 5), past_key_values=((torch.zeros(1), torch.zeros(1)),) * 3)
-
-
-@pytest.mark.parametrize("cached", ["latent", "fp8", "transformers", "static"])
-@pytest.mark.parametrize("batch", [1, 3])
-@torch.no_grad()
-def test_caches_of_another_batch(batch, cached):
-    model = tiny_model()
-    cache = a_cache(cached, model)
-    model(tokens(2, 7), past_key_values=cache)
-    with pytest.raises(ValueError, match=f"batch of 2, and the input is a batch of {batch}"):
-        model(tokens(batch, 5), past_key_values=cache)
-    if cached != "static":
-        cache.crop(-7)  # nothing left, but still two rows
-        with pytest.raises(ValueError, match=f"batch of 2, and the input is a batch of {batch}"):
-            model(tokens(batch, 5), past_key_values=cache)
-
-
-@kinds
-@torch.no_grad()
-def test_sequences_beyond_the_limit(kind):
-    """max_position_embeddings is the limit as it is, also under YaRN (16 * 40 = 640 here, V3: 4096 * 40 = 163840)."""
-    model = tiny_model(**KINDS[kind])
-    assert model(tokens(1, 640)).logits.isfinite().all()
-    with pytest.raises(ValueError, match="has 641 tokens, and max_position_embeddings is 640"):
-        model(tokens(1, 641))
-    assert model.model(tokens(1, 641)).last_hidden_state.isfinite().all()  # the decoder alone goes on
-    cache = model.model.new_cache()
-    model(tokens(1, 638), past_key_values=cache)
-    model(tokens(1, 2), past_key_values=cache)
-    with pytest.raises(ValueError, match="has 641 tokens, and max_position_embeddings is 640"):
-        model(tokens(1, 1), past_key_values=cache)
-    # Positions of one's own decide, whatever the length: here two documents packed into a row.
-    packed = torch.cat((torch.arange(400), torch.arange(400)))[None]
-    assert model(tokens(1, 800), position_ids=packed).logits.isfinite().all()
-    with pytest.raises(ValueError, match="Position 640 is beyond max_position_embeddings=640: the last is 639"):
-        model(tokens(1, 3), position_ids=torch.tensor([[0, 640, 1]]))
-    with pytest.raises(ValueError, match=r"position_ids has the shape \[1, 2\]: it must be \[1 or 1, 3\]"):
-        model(tokens(1, 3), position_ids=torch.tensor([[0, 1]]))
-
-
-@torch.no_grad()
-def test_dynamic_frequencies_have_no_limit():
-    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 3.0}
-    model = tiny_model(max_position_embeddings=16, rope_parameters=rope)
-    assert model(tokens(1, 41)).logits.isfinite().all()
-    assert model.generate(tokens(1, 20), max_new_tokens=9, eos_token_id=None, pad_token_id=0).shape == (1, 29)
-
-
-@pytest.mark.parametrize("embeds", [False, True])
-@pytest.mark.parametrize("implementation", [None, "static"])
-def test_prompts_beyond_the_limit(implementation, embeds, monkeypatch):
-    """A prompt that is too long is refused; what would run beyond the limit ends at it, with a warning."""
-    model = tiny_model(max_position_embeddings=20)
-    settings = SETTINGS | {"cache_implementation": implementation}
-
-    def generate(ids, **more):
-        given = {"inputs_embeds": model.get_input_embeddings()(ids).detach()} if embeds else {"input_ids": ids}
-        return model.generate(**given, **settings | more)[:, 0 if embeds else ids.shape[1] :]
-
-    with pytest.raises(ValueError, match="prompt has 21 tokens, and max_position_embeddings is 20"):
-        generate(tokens(1, 21))
-    with monkeypatch.context() as patch:
-        warnings = []
-        patch.setattr("modeling_nanodeepseek.modeling_nanodeepseek.logger.warning", warnings.append)
-        written = generate(tokens(2, 15))
-        assert warnings == ["max_position_embeddings is 20: after a prompt of 15 tokens at most 6 are written, not 8."]
-        assert torch.equal(by_hand(model, tokens(2, 15), 6)[:, 15:], written)
-        warnings.clear()
-        assert torch.equal(by_hand(model, tokens(2, 20), 1)[:, 20:], generate(tokens(2, 20), max_new_tokens=1))
-        assert generate(tokens(2, 9)).shape == (2, 8) and not warnings
-
-
-def test_drafts_by_an_early_exit():
-    model = tiny_model(eos_token_id=None)
-    settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
-    expected = model.generate(tokens(1, 9), **settings)
-    assert torch.equal(expected, model.generate(tokens(1, 9), assistant_early_exit=2, **settings))
-    assert torch.equal(expected, model.generate(tokens(1, 9), **settings))
-
-
-def test_an_assistant_with_fewer_positions_is_refused_at_the_start():
-    model, assistant = tiny_model(eos_token_id=None), tiny_model(max_position_embeddings=16, eos_token_id=None)
-    settings = {"do_sample": False, "pad_token_id": 0}
-    with pytest.raises(ValueError, match="max_position_embeddings is 16"):
-        model.generate(tokens(1, 12), assistant_model=assistant, max_new_tokens=20, **settings)
-    expected = model.generate(tokens(1, 12), max_length=17, **settings)
-    assert torch.equal(expected, model.generate(tokens(1, 12), assistant_model=assistant, max_length=17, **settings))
-
-
-def test_a_compiled_model_under_autocast():
-    model, ids = tiny_model(), tokens(1, 9)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        compiled = torch.compile(model, backend="eager", fullgraph=True)(ids, use_cache=False).logits
-        assert_close(model(ids).logits, compiled, 2e-2)
