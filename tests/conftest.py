@@ -99,6 +99,13 @@ def assert_close(expected: torch.Tensor, actual: torch.Tensor, tolerance: float,
     assert ratio <= tolerance, f"{what}: relative RMS {ratio:.2e} > {tolerance:.0e}"  # NaN fails too
 
 
+def assert_same(expected: torch.Tensor, actual: torch.Tensor, what: object = ""):
+    """Equal but for the order of sums. Bits differ on CPUs (AMD's, by MKL) where the number of rows, and where a weight
+    lies in memory (in a file that is mapped: anywhere), decide which kernel multiplies."""
+    assert expected.dtype == actual.dtype
+    assert_close(expected, actual, {torch.float64: 1e-13, torch.float32: 1e-6}.get(expected.dtype, 1e-2), str(what))
+
+
 def checkpoint_activations(model, **settings):
     """Gradient checkpointing under the name this release of transformers gives it."""
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable

@@ -16,7 +16,16 @@ from modeling_nanodeepseek import (
 )
 from modeling_nanodeepseek.balancing import routers
 from modeling_nanodeepseek.stacking import CheckpointError
-from tests.conftest import SPARSE, assert_close, checkpoint_activations, rms_ratio, tiny_config, tiny_model, tokens
+from tests.conftest import (
+    SPARSE,
+    assert_close,
+    assert_same,
+    checkpoint_activations,
+    rms_ratio,
+    tiny_config,
+    tiny_model,
+    tokens,
+)
 
 peft = pytest.importorskip("peft", minversion="0.19.1")  # earlier, the experts' factors had another layout
 
@@ -241,7 +250,7 @@ def check_factors(model, by_hand):
 @pytest.mark.parametrize("kind", ["sparse and further", "ungated"])
 @torch.no_grad()
 def test_adapter_round_trip(kind, tmp_path):
-    """Saved, loaded by PEFT and by transformers' Auto class, bit by bit; merged, saved and loaded as a plain model."""
+    """Saved, loaded by PEFT and by transformers' Auto class, the same factors to the bit; merged, saved and loaded as a plain model."""
     ids, settings = tokens(), MODELS[kind]
     tiny_model(**settings).save_pretrained(tmp_path / "base")
     model = adapted(AutoModelForCausalLM.from_pretrained(tmp_path / "base"))
@@ -255,12 +264,12 @@ def test_adapter_round_trip(kind, tmp_path):
     assert names(again) == names(model)
     for whole in (again, peft.AutoPeftModelForCausalLM, AutoModelForCausalLM):
         whole = whole if whole is again else whole.from_pretrained(tmp_path / "adapter")
-        assert torch.equal(expected, whole.eval()(ids).logits)
+        assert_same(expected, whole.eval()(ids).logits)
     merged = model.merge_and_unload()
     merged.save_pretrained(tmp_path / "merged")
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     assert plain.state_dict().keys() == tiny_model(**settings).state_dict().keys()
-    assert torch.equal(merged(ids).logits, plain(ids).logits)
+    assert_same(merged(ids).logits, plain(ids).logits)
     assert_close(expected, plain(ids).logits, 1e-5)
 
 

@@ -8,7 +8,7 @@ from transformers import StaticCache
 
 from modeling_nanodeepseek import Fp8LatentCache, LatentCache
 from modeling_nanodeepseek.cache import GROWTH, RESERVE, Fp8Layer, GrowingLayer
-from tests.conftest import SPARSE, assert_close, rms_ratio, tiny_config, tiny_model, tokens
+from tests.conftest import SPARSE, assert_close, assert_same, rms_ratio, tiny_config, tiny_model, tokens
 
 CACHES = {"latent": LatentCache, "fp8": Fp8LatentCache}
 KINDS = {"expanded": {"attention_form": "expanded"}, "absorbed": {"attention_form": "absorbed"}, "dsa": SPARSE}
@@ -208,7 +208,7 @@ def test_reset_starts_over_with_another_batch(kind):
     assert cache.get_seq_length() == 0 and cache.nbytes() == 0 and cache.reserved_nbytes() == 0
     with torch.no_grad():
         fresh = model(ids, past_key_values=CACHES[kind](model.config)).logits
-        assert torch.equal(fresh, model(ids, past_key_values=cache).logits)
+        assert_same(fresh, model(ids, past_key_values=cache).logits)
 
 
 @pytest.mark.parametrize("attention", KINDS)
@@ -371,7 +371,7 @@ def test_fp8_error():
 @torch.no_grad()
 def test_fp8_rounds_once():
     """Rows already held keep their bytes; and a text that arrives in chunks gives what it gives whole."""
-    model, ids = tiny_model(), tokens(2, 40)
+    model, ids = tiny_model().double(), tokens(2, 40)  # in fp32 the order of sums may move a number over a rounding
     whole = filled(model, ids, Fp8LatentCache)
     cache = Fp8LatentCache(model.config)
     logits, before = [], None

@@ -15,7 +15,7 @@ from modeling_nanodeepseek.export import native_tensors
 from modeling_nanodeepseek.fp8 import Fp8Experts, Fp8Linear
 from modeling_nanodeepseek.stacking import CheckpointError
 from tests import official
-from tests.conftest import EARLIER_TRANSFORMERS, assert_close, tokens
+from tests.conftest import EARLIER_TRANSFORMERS, assert_close, assert_same, tokens
 
 KINDS = [("v2-lite", None), ("v3", None), ("v3", "float"), ("v3.1", "ue8m0"), ("v3.2", None), ("v3.2", "ue8m0")]
 
@@ -56,7 +56,7 @@ def test_the_logits_are_those_of_the_native_class(family, fp8, tmp_path):
     native = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float64, experts_implementation="eager").eval()
     ours = NanoDeepSeekForCausalLM.from_pretrained(tmp_path / "published", dtype=torch.float64).eval()
     ids = tokens(2, 31)
-    assert_close(native(ids).logits, ours(ids).logits, 1e-6)
+    assert_close(native(ids).logits, ours(ids).logits, 1e-5)  # theirs has routers in fp32
 
 
 def test_the_dtype_is_the_checkpoints(tmp_path):
@@ -98,7 +98,7 @@ def test_the_base_model_and_its_checkpoint(tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     for settings in ({}, {"quantization_config": FineGrainedFP8Config()}):
         again = NanoDeepSeekModel.from_pretrained(tmp_path, dtype=torch.float32, **settings).eval()
-        assert torch.equal(base(ids).last_hidden_state, again(ids).last_hidden_state)
+        assert_same(base(ids).last_hidden_state, again(ids).last_hidden_state)
 
 
 @pytest.mark.parametrize("family", ["v3", "v3.2"])
@@ -107,7 +107,7 @@ def test_kept_in_fp8(family, tmp_path):
     official.write(tmp_path, family, "float")
     plain, kept = load(tmp_path), load(tmp_path, quantization_config=FineGrainedFP8Config())
     ids = tokens(2, 31)
-    assert torch.equal(plain(ids).logits, kept(ids).logits)
+    assert_same(plain(ids).logits, kept(ids).logits)
     for settings in ({}, {"use_mtp": True}):
         texts = [m.generate(ids[:1], max_new_tokens=6, do_sample=False, **settings) for m in (plain, kept)]
         assert torch.equal(*texts)
@@ -138,7 +138,7 @@ def test_kept_in_fp8(family, tmp_path):
 def test_dequantized_by_name(tmp_path):
     official.write(tmp_path, "v3", "float")
     model = load(tmp_path, quantization_config=FineGrainedFP8Config(dequantize=True))
-    assert torch.equal(model(tokens(1, 9)).logits, load(tmp_path)(tokens(1, 9)).logits)
+    assert_same(model(tokens(1, 9)).logits, load(tmp_path)(tokens(1, 9)).logits)
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
@@ -255,7 +255,7 @@ def test_offloaded_to_disk(kept, tmp_path):
     places |= {f"model.layers.{i}": "disk" if i else "cpu" for i in range(4)}
     model = load(tmp_path / "fp8", device_map=places, offload_folder=tmp_path / "offloaded", **settings)
     ids = tokens(1, 9)
-    assert torch.equal(load(tmp_path / "fp8")(ids).logits, model(ids).logits)
+    assert_same(load(tmp_path / "fp8")(ids).logits, model(ids).logits)
 
 
 def test_another_quantization_is_refused(tmp_path):
@@ -281,11 +281,11 @@ def test_a_config_from_elsewhere(tmp_path):
     ids = tokens(1, 9)
     for folder, config in (("fp8", NanoDeepSeekConfig.from_dict(kept.config.to_dict())), ("plain", kept.config)):
         model = load(tmp_path / folder, config=config)
-        assert torch.equal(model(ids).logits, load(tmp_path / folder)(ids).logits)
+        assert_same(model(ids).logits, load(tmp_path / folder)(ids).logits)
         assert all(parameter.requires_grad for parameter in model.parameters())
         model.save_pretrained(tmp_path / "again")
     with_auto = AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.float32)
-    assert torch.equal(with_auto.eval()(ids).logits, model(ids).logits)
+    assert_same(with_auto.eval()(ids).logits, model(ids).logits)
 
 
 def test_scales_are_fp32_whatever_the_default(tmp_path):
@@ -296,7 +296,7 @@ def test_scales_are_fp32_whatever_the_default(tmp_path):
         model = load(tmp_path, quantization_config=FineGrainedFP8Config())
     finally:
         torch.set_default_dtype(torch.float32)
-    assert torch.equal(model(tokens(1, 9)).logits, expected)
+    assert_same(model(tokens(1, 9)).logits, expected)
 
 
 def test_biases_beside_fp8(tmp_path):
@@ -312,7 +312,7 @@ def test_biases_beside_fp8(tmp_path):
     edit(tmp_path, add_biases)
     plain, kept = load(tmp_path), load(tmp_path, quantization_config=FineGrainedFP8Config())
     assert plain.model.layers[0].self_attn.o_proj.bias.any()
-    assert torch.equal(plain(tokens(1, 9)).logits, kept(tokens(1, 9)).logits)
+    assert_same(plain(tokens(1, 9)).logits, kept(tokens(1, 9)).logits)
 
 
 def test_weights_of_another_architecture(tmp_path):

@@ -12,7 +12,7 @@ from modeling_nanodeepseek.sparse_attention import (
     prefers_gathered,
 )
 from tests.attention_backends import BACKENDS, use_backend
-from tests.conftest import SPARSE, assert_close, rms_ratio, tiny_model, tokens
+from tests.conftest import SPARSE, assert_close, assert_same, rms_ratio, tiny_model, tokens
 
 # -- the function ------------------------------------------------------------------------------------------------------
 
@@ -424,4 +424,4 @@ def test_a_replay_of_nothing_is_nothing(form, backend):
         changed = tokens(2, 9)
         changed[:, 5:] += 1
         first, second = (model(ids % 97, index_topk_indices=replay).logits[:, :5] for ids in (tokens(2, 9), changed))
-    assert torch.equal(first, second)
+    assert_same(first, second)

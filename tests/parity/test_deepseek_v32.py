@@ -16,7 +16,7 @@ from modeling_nanodeepseek.indexer import index_scores
 from modeling_nanodeepseek.masks import Visibility
 from modeling_nanodeepseek.rotary import RotaryEmbedding
 from modeling_nanodeepseek.sparse_attention import DeepseekSparseAttention
-from tests.conftest import SPARSE, TINY, YARN, assert_close, tiny_config, tiny_model, tokens
+from tests.conftest import SPARSE, TINY, YARN, assert_close, assert_same, tiny_config, tiny_model, tokens
 
 CASES = {
     "yarn": {},
@@ -260,7 +260,8 @@ def test_checkpoints_are_interchangeable(ours_writes, tmp_path):
     for name, tensor in written.state_dict().items():
         assert torch.equal(tensor, read.state_dict()[name]), name
     (logits, chosen), (expected, expected_chosen) = outputs(read, tokens()), outputs(twin, tokens())
-    assert torch.equal(expected, logits) and all(map(torch.equal, chosen, expected_chosen))
+    assert_same(expected, logits)
+    assert all(map(torch.equal, chosen, expected_chosen))
 
 
 # -- bf16 --------------------------------------------------------------------------------------------------------------
