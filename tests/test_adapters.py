@@ -250,7 +250,8 @@ def check_factors(model, by_hand):
 @pytest.mark.parametrize("kind", ["sparse and further", "ungated"])
 @torch.no_grad()
 def test_adapter_round_trip(kind, tmp_path):
-    """Saved, loaded by PEFT and by transformers' Auto class, the same factors to the bit; merged, saved and loaded as a plain model."""
+    """Saved, loaded by PEFT and by transformers' Auto class: the same factors and numbers; merged, saved, and loaded
+    as a plain model."""
     ids, settings = tokens(), MODELS[kind]
     tiny_model(**settings).save_pretrained(tmp_path / "base")
     model = adapted(AutoModelForCausalLM.from_pretrained(tmp_path / "base"))

@@ -103,7 +103,7 @@ def test_the_base_model_and_its_checkpoint(tmp_path):
 
 @pytest.mark.parametrize("family", ["v3", "v3.2"])
 def test_kept_in_fp8(family, tmp_path):
-    """The same numbers as dequantised, to the bit, in a third of fp32's memory; drafts too. Nothing learns."""
+    """The same numbers as dequantised, in a third of fp32's memory; drafts too. Nothing learns."""
     official.write(tmp_path, family, "float")
     plain, kept = load(tmp_path), load(tmp_path, quantization_config=FineGrainedFP8Config())
     ids = tokens(2, 31)
