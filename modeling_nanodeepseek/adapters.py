@@ -34,7 +34,7 @@ def lora_targets(
     if not isinstance(model, NanoDeepSeekPreTrainedModel) or model._hf_peft_config_loaded:
         raise ValueError(f"lora_targets() takes a NanoDeepSeek model without an adapter, not a {type(model).__name__}.")
     config = model.config
-    if config.keeps_fp8:
+    if model.keeps_fp8:
         raise ValueError("LoRA is not possible on weights kept in FP8: load the model without quantization_config.")
     if config.has_indexer and config.dsa_stage == "warmup":
         raise ValueError(

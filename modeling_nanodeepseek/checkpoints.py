@@ -19,10 +19,10 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 
 from .attention import MultiHeadLatentAttention
 from .configuration_nanodeepseek import NanoDeepSeekConfig
-from .fp8 import asks_to_keep_fp8, block_of, keep_fp8, layout_problems, open_slices, weights_of
+from .fp8 import asks_to_keep_fp8, block_of, keep_fp8, layout_problems, names_on_disk, open_slices, weights_of
 from .remote_code import save_code
 from .saving import finish_saving, replacing
-from .stacking import CheckpointError, Shapes, absentees, listed, misfits
+from .stacking import CheckpointError, Shapes, absentees, listed, misfits, shape_of
 
 
 def register_conversions():
@@ -138,7 +138,12 @@ class CheckpointMixin:
     """`from_pretrained` that refuses what it cannot read whole, `save_pretrained` that replaces the old version whole.
 
     Goes in front of PreTrainedModel.
+
+    Attributes:
+        keeps_fp8: whether layers of this model keep FP8, whatever its config was read from.
     """
+
+    keeps_fp8 = False
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, use_safetensors=None, **kwargs):
@@ -180,13 +185,15 @@ class CheckpointMixin:
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
         files = (checkpoint_files or []) if state_dict is None else []
-        for file in files:  # downloaded ones have not been looked at yet
-            if Path(file).suffix == ".safetensors":
-                tensor_shapes(file)
+        safe = [file for file in files if Path(file).suffix == ".safetensors"]
+        shapes = {name: shape for file in safe for name, shape in tensor_shapes(file).items()}
         if state_dict is None:
             state_dict = fp8_weights(model, files, load_config)
             if state_dict is not None:
                 checkpoint_files = None  # what is offloaded to disk would be read from there again, as it lies there
+        whole = files and not load_config.ignore_mismatched_sizes and not model._hf_peft_config_loaded
+        if (whole or model.keeps_fp8) and not load_config.is_quantized:  # other packages store shapes of their own
+            refuse(shape_problems(model, shapes), model, load_config)
         if load_config.is_quantized and (model.tp_size or 1) > 1:
             for module in model.modules():
                 if isinstance(module, MultiHeadLatentAttention):
@@ -196,22 +203,16 @@ class CheckpointMixin:
             model, state_dict, checkpoint_files, load_config, *args, **kwargs
         )
         if model._hf_peft_config_loaded:  # an adapter's, for a model that is there: it has none of the model's weights
-            absent = sorted(name for name in loaded[0].missing_keys if "lora_" in name)
-            if absent:
-                raise CheckpointError(f"the adapter lacks {listed(absent)}: it is incomplete, or another model's")
+            if problems := adapter_problems(loaded[0]):
+                raise CheckpointError(f"the adapter is incomplete, or another model's: {listed(problems)}")
             return loaded
-        if files and not load_config.ignore_mismatched_sizes:
-            folder, problems = str(load_config.pretrained_model_name_or_path), loading_problems(model, loaded[0], files)
-            if not problems and (others := unequal_copies(model.config, files)):
+        if whole:
+            refuse(loading_problems(model, loaded[0], shapes), model, load_config)
+            if others := unequal_copies(model.config, files):
                 raise CheckpointError(
-                    f"{listed(others)} in {folder!r}: here multi-token prediction has the model's embedding and head; "
-                    "num_nextn_predict_layers=0 loads the model without it"
-                )
-            if problems:
-                raise CheckpointError(
-                    f"the weights in {folder!r} are not those of its config: "
-                    f"{listed(problems)}. The checkpoint is incomplete or its config.json was changed "
-                    f"({way_out(model, problems)}ignore_mismatched_sizes=True initialises such weights anew)."
+                    f"{listed(others)} in {str(load_config.pretrained_model_name_or_path)!r}: here multi-token "
+                    "prediction has the model's embedding and head; num_nextn_predict_layers=0 loads the model without "
+                    "it"
                 )
         model.freeze_for_stage()  # transformers makes new parameters of what it reads
         return loaded
@@ -222,7 +223,7 @@ class CheckpointMixin:
         Pushed, by `push_to_hub` too, a repository without a model card gets the one beside the weights that were
         loaded. All or nothing: killed or out of disk, the old version is still there (`saving.py`).
         """
-        if self.config.keeps_fp8:
+        if self.keeps_fp8:
             raise ValueError(
                 "A model that keeps FP8 weights is for inference, and is not saved: the folder it came from is its "
                 "saved form. Load it without quantization_config to save it, or export it."
@@ -282,13 +283,25 @@ def fp8_weights(model: PreTrainedModel, files: list[str], load_config) -> dict |
     return weights_of(files, block, model)
 
 
+def refuse(problems: list[str], model: PreTrainedModel, load_config):
+    """Raises CheckpointError if there are problems with a checkpoint's weights."""
+    if problems:
+        anew = "" if model.keeps_fp8 else "ignore_mismatched_sizes=True initialises such weights anew"
+        ways = ", and ".join(way for way in (way_out(model, problems), anew) if way)
+        raise CheckpointError(
+            f"the weights in {str(load_config.pretrained_model_name_or_path)!r} are not those of its config: "
+            f"{listed(problems)}. The checkpoint is incomplete or its config.json was changed"
+            f"{f' ({ways})' if ways else ''}."
+        )
+
+
 def way_out(model: PreTrainedModel, problems: list[str]) -> str:
     """What to do where the modules of multi-token prediction alone are missing: tools that do not know them drop
     them."""
     first, depth = model.config.num_hidden_layers, model.config.num_nextn_predict_layers
     further = tuple(f"layers.{first + k}." for k in range(depth))
     theirs = depth and all(any(layer in problem for layer in further) for problem in problems)
-    return "num_nextn_predict_layers=0 loads the model without multi-token prediction, and " if theirs else ""
+    return "num_nextn_predict_layers=0 loads the model without multi-token prediction" if theirs else ""
 
 
 def unequal_copies(config: NanoDeepSeekConfig, files: list[str]) -> list[str]:
@@ -300,9 +313,12 @@ def unequal_copies(config: NanoDeepSeekConfig, files: list[str]) -> list[str]:
         return []
     slices, found = open_slices(files), []
     prefix = "model." if "model.embed_tokens.weight" in slices else ""
+    embedding, head = f"{prefix}embed_tokens.weight", "lm_head.weight"
+    if config.tie_word_embeddings and head not in slices:
+        head = embedding
     for k in range(config.num_nextn_predict_layers):
         layer = f"{prefix}layers.{config.num_hidden_layers + k}"
-        for copied, original in zip(COPIES, (f"{prefix}embed_tokens.weight", "lm_head.weight")):
+        for copied, original in zip(COPIES, (embedding, head)):
             if layer + copied in slices and original in slices and not equal(slices[layer + copied], slices[original]):
                 found.append(f"{layer + copied} is not a copy of {original}")
     return found
@@ -316,11 +332,47 @@ def equal(a, b, rows: int = 8192) -> bool:
     return all(torch.equal(a[part].float(), b[part].float()) for part in parts)
 
 
-def loading_problems(model: PreTrainedModel, info, files: list[str]) -> list[str]:
-    """What transformers found missing, misshapen or not convertible, by the names on disk."""
+def shape_problems(model: PreTrainedModel, shapes: Shapes) -> list[str]:
+    """What of a checkpoint does not fit a model that has no weights yet, by headers alone: shapes, experts' numbers.
+
+    transformers stacks the experts that it finds in the order of their numbers, and looks at how many there are.
+    """
+    on_disk, problems = names_on_disk(model, shapes), []
+    for owner, module in model.named_modules():
+        if hasattr(module, "stacked_names"):
+            prefix = f"{on_disk(owner)}."
+            problems += misfits(module, prefix, shapes)
+            problems += [f"{name} is missing" for name in absentees(module, prefix, shapes)]
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        place, expected = on_disk(name), shape_of(tensor)
+        if shapes.get(place, expected) != expected:
+            problems.append(f"{place} is {list(shapes[place])}, not {list(expected)}")
+    return problems
+
+
+def adapter_problems(info) -> list[str]:
+    """What transformers found wrong about an adapter that it put into a model."""
+    absent, strange = (
+        sorted(name for name in names if "lora_" in name) for names in (info.missing_keys, info.unexpected_keys)
+    )
+    problems = [f"it lacks {listed(absent)}"] if absent else []
+    problems += [f"the model has no place for {listed(strange)}"] if strange else []
+    return problems + [
+        f"{name} is {list(found)}, not {list(expected)}" for name, found, expected in sorted(info.mismatched_keys)
+    ]
+
+
+def loading_problems(model: PreTrainedModel, info, shapes: Shapes) -> list[str]:
+    """What transformers found missing, misshapen, not convertible or left over, by the names on disk."""
+    prefix = f"{model.base_model_prefix}."
+    # A folder of another class may lack this one's head and have its own. The config of a published one names no class
+    # of ours; it holds a whole model if its names are that of one.
+    whole = any(name.startswith(prefix) for name in shapes)
+    classes = model.config.architectures or (["NanoDeepSeekForCausalLM"] if whole else [])
+    other = type(model).__name__ not in classes
     missing = set(info.missing_keys) - set(model.all_tied_weights_keys)
-    if type(model).__name__ not in (model.config.architectures or []) and hasattr(model, model.base_model_prefix):
-        missing = {name for name in missing if name.startswith(f"{model.base_model_prefix}.")}
+    if other and hasattr(model, model.base_model_prefix):
+        missing = {name for name in missing if name.startswith(prefix)}
     problems = {name: f"{name} is missing" for name in missing}
     for name, found, expected in info.mismatched_keys:
         problems[name] = f"{name} is {list(found)}, not {list(expected)}"
@@ -329,21 +381,11 @@ def loading_problems(model: PreTrainedModel, info, files: list[str]) -> list[str
     # Layers beyond are left out on purpose if they are such modules.
     further = {LAYER.match(n)[0] for n in info.unexpected_keys if LAYER.match(n) and n.endswith(".enorm.weight")}
     depth = model.config.num_hidden_layers + model.config.num_nextn_predict_layers
+    decoder = {name for name, _ in getattr(model, model.base_model_prefix, model).named_children()}
     for name, layer in ((name, LAYER.match(name)) for name in info.unexpected_keys):
-        if layer is not None:
+        if layer is None:
+            known = other and name.removeprefix(prefix).split(".")[0] not in decoder
+        else:
             known = name.endswith(COPIES) if int(layer[1]) < depth else layer[0] in further
-            problems |= {} if known else {name: f"{name} has no place in the model"}
-    stacked = {name for name, module in model.named_modules() if hasattr(module, "stacked_names")}
-    experts = {name.rpartition(".")[0] for name in problems} & stacked
-    if experts:  # stacked in memory: the names on disk say more
-        shapes = {name: shape for file in files for name, shape in tensor_shapes(file).items()}
-        for owner in experts:
-            prefixes = (f"{owner}.", f"{owner}.".removeprefix(f"{model.base_model_prefix}."))
-            prefix = next((p for p in prefixes if any(name.startswith(p) for name in shapes)), prefixes[0])
-            module = model.get_submodule(owner)
-            found = misfits(module, prefix, shapes)
-            found += [f"{name} is missing" for name in absentees(module, prefix, shapes)]
-            if found:
-                problems = {name: text for name, text in problems.items() if name.rpartition(".")[0] != owner}
-                problems[owner] = listed(found)
+        problems |= {} if known else {name: f"{name} has no place in the model"}
     return [problems[name] for name in sorted(problems)]

@@ -278,7 +278,7 @@ class NanoDeepSeekConfig(PreTrainedConfig):
     bos_token_id: int | None = 0
     eos_token_id: int | list[int] | None = 1
 
-    # No fields. Of a checkpoint in FP8 blocks that is read: its quantization_config, and whether the blocks stay.
+    # No fields. Of a checkpoint in FP8 blocks that is read: its quantization_config, and whether blocks are to stay.
     fp8_checkpoint = None
     keeps_fp8 = False
 

@@ -209,19 +209,20 @@ def export_native(
         merged, for weights that are quantised or elsewhere, and with fp8 for widths whose blocks other readers take
         otherwise; SaveError if the files cannot be written.
     """
-    config = model.config
-    if not (hasattr(model, "lm_head") and isinstance(config, NanoDeepSeekConfig)):
+    model = getattr(model, "_orig_mod", model)  # of torch.compile
+    adapted = [name for name in model.state_dict() if "lora_" in name or ".base_layer." in name]
+    if adapted:
+        raise ExportError(f"The model holds an adapter ({adapted[0]}): merge it first (merge_and_unload()).")
+    if "NanoDeepSeekForCausalLM" not in {kind.__name__ for kind in type(model).__mro__}:  # a folder's code has its own
         raise ExportError(f"{type(model).__name__} is not exported: native checkpoints hold a NanoDeepSeekForCausalLM.")
-    if config.keeps_fp8 or getattr(model, "is_quantized", False):
+    config = model.config
+    if model.keeps_fp8 or getattr(model, "is_quantized", False):
         raise ExportError("The model's weights are quantised: load it without quantization_config first.")
     elsewhere = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if elsewhere:
         raise ExportError(f"{elsewhere[0]} is offloaded: load the model without device_map first.")
     if ue8m0 and not fp8:
         raise ValueError("ue8m0=True is about the scales of FP8 blocks: it needs fp8=True.")
-    adapted = [name for name in model.state_dict() if "lora_" in name or ".base_layer." in name]
-    if adapted:
-        raise ExportError(f"The model holds an adapter ({adapted[0]}): merge it first (merge_and_unload()).")
     selects = config.index_topk is not None and config.dsa_stage == "sparse"
     architecture = architecture or ("deepseek_v32" if selects else "deepseek_v3")
     sparse = architecture == "deepseek_v32"

@@ -185,7 +185,7 @@ def weights_of(files: list[str], block: tuple[int, int], model: nn.Module) -> di
     they are, the experts' stacked, under the model's names.
     """
     slices = open_slices(files)
-    shown, on_disk = {}, owners_on_disk(model, slices)
+    shown, on_disk = {}, names_on_disk(model, slices)
     for owner, module in model.named_modules():
         if isinstance(module, (Fp8Linear, Fp8Experts)):
             for buffer, pieces in module.names_on_disk(on_disk(owner)).items():
@@ -209,12 +209,12 @@ def open_slices(files: list[str]) -> dict:
     return slices
 
 
-def owners_on_disk(model: nn.Module, present) -> Callable[[str], str]:
-    """Names of modules below the base model -> their names in a checkpoint: one of the base model lacks the prefix of
-    the full one, and the other way round."""
-    prefix = f"{model.base_model_prefix}."
+def names_on_disk(model: nn.Module, present) -> Callable[[str], str]:
+    """Names of modules and parameters -> their names in a checkpoint that has those `present`: one of the base model
+    lacks the prefix of the full one."""
+    prefix, whole = f"{model.base_model_prefix}.", hasattr(model, model.base_model_prefix)
     shown = prefix if any(name.startswith(prefix) for name in present) else ""
-    return lambda owner: shown + owner.removeprefix(prefix)
+    return lambda name: shown + name.removeprefix(prefix) if name.startswith(prefix) or not whole else name
 
 
 # -- layers that keep FP8, for inference -------------------------------------------------------------------------------
@@ -296,7 +296,7 @@ class Fp8Experts(Fp32Buffers):
 def keep_fp8(model: nn.Module, files: list[str], block: tuple[int, int]):
     """Replaces, in a model without weights yet, the layers that are FP8 in `files` by such as keep it."""
     present = open_slices(files).keys()
-    on_disk = owners_on_disk(model, present)
+    on_disk = names_on_disk(model, present)
     for owner, module in list(model.named_modules()):
         parent, _, name = owner.rpartition(".")
         kind = Fp8Linear if type(module) is nn.Linear and name not in DEQUANTIZED_LINEARS else None
@@ -307,4 +307,5 @@ def keep_fp8(model: nn.Module, files: list[str], block: tuple[int, int]):
             names = keeping.names_on_disk(on_disk(owner))
             if all(part in present for pieces in names.values() for expert in pieces for part in expert):
                 setattr(model.get_submodule(parent), name, keeping)
+    model.keeps_fp8 = True
     model._can_compile_fullgraph = False  # which experts are dequantised is known when they are chosen

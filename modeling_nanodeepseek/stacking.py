@@ -23,11 +23,17 @@ def listed(names: Iterable[str], most: int = 3) -> str:
     return "; ".join(names[:most]) + (f"; and {len(names) - most} more" if len(names) > most else "")
 
 
+def shape_of(tensor: torch.Tensor) -> tuple[int, ...]:
+    """The shape; of a parameter that ZeRO-3 has taken away its own."""
+    return tuple(getattr(tensor, "ds_shape", tensor.shape))
+
+
 def expert_keys(module: nn.Module, prefix: str) -> dict[str, list[list[str]]]:
     """Each stacked parameter of an experts module -> per expert, the keys on disk that it is made of."""
     # Of all experts: where processes share them, `num_experts` is how many are held here.
+    counts = {parameter: shape_of(getattr(module, parameter))[0] for parameter in module.stacked_names}
     return {
-        parameter: [[f"{prefix}{e}.{part}.weight" for part in parts] for e in range(len(getattr(module, parameter)))]
+        parameter: [[f"{prefix}{e}.{part}.weight" for part in parts] for e in range(counts[parameter])]
         for parameter, parts in module.stacked_names.items()
     }
 
@@ -36,7 +42,7 @@ def misfits(module: nn.Module, prefix: str, shapes: Shapes) -> list[str]:
     """Per-expert keys under `prefix` of a wrong shape, or of experts that the module does not have."""
     problems = []
     for parameter, experts in expert_keys(module, prefix).items():
-        count, rows, columns = getattr(module, parameter).shape
+        count, rows, columns = shape_of(getattr(module, parameter))
         expected = (rows // len(experts[0]), columns)
         problems += [
             f"{name} is {list(shapes[name])}, not {list(expected)}"

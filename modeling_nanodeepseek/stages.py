@@ -45,7 +45,7 @@ class SparseStages:
         multi-token prediction without its loss. Where they have it, indexer and modules learn (again)."""
         # A parameter without a gradient would stop DDP, and an optimizer's weight decay would still move it.
         config, stage = self.config, self.config.dsa_stage
-        if config.keeps_fp8:
+        if self.keeps_fp8:
             self.requires_grad_(False)
             return
         trains_indexer = self.learns_indexer and stage != "dense" and config.index_loss_coef > 0

@@ -1,5 +1,6 @@
 """LoRA through PEFT: what is adapted, and that adapted, merged and restored models compute what they should."""
 
+import json
 import re
 
 import pytest
@@ -282,8 +283,22 @@ def test_half_an_adapter_is_refused(tmp_path):
     weights = load_file(file)
     for kept in (dict(list(weights.items())[::2]), {}):
         save_file(kept, file, metadata={"format": "pt"})
-        with pytest.raises(CheckpointError, match="the adapter lacks .*lora_"):
+        with pytest.raises(CheckpointError, match="the adapter is incomplete, or another model's: it lacks .*lora_"):
             AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"r": 7}, r"lora_A.default.weight is \[3, 40\], not \[7, 40\]"),
+    ({"target_parameters": None}, "the model has no place for .*experts.*lora_"),
+])  # fmt: skip
+def test_an_adapter_whose_config_was_changed_is_refused(change, message, tmp_path):
+    """transformers would log a table, and leave out the experts' factors or end in an error that names nothing."""
+    tiny_model().save_pretrained(tmp_path / "base")
+    adapted(AutoModelForCausalLM.from_pretrained(tmp_path / "base")).save_pretrained(tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(CheckpointError, match=f"the adapter is incomplete, or another model's: .*{message}"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
 
 
 def test_experts_are_balanced_under_an_adapter():

@@ -423,7 +423,7 @@ DAMAGED = {  # what is done to one file, or to shards if it says so; words of th
     ),
     "other experts": (
         edit_json(CONFIG, lambda c: c.update(moe_intermediate_size=32)),
-        [f"{LAYER}.mlp.experts.0.gate_proj.weight is [24, 40], not [32, 40]", "and 21 more"],
+        [f"{LAYER}.mlp.experts.0.gate_proj.weight is [24, 40], not [32, 40]", "and 51 more"],
     ),
     "more experts": (
         edit_json(CONFIG, lambda c: c.update(n_routed_experts=16)),

@@ -2,6 +2,7 @@
 
 import json
 
+import peft
 import pytest
 import torch
 from safetensors import safe_open
@@ -54,6 +55,12 @@ def test_native_classes_have_the_same_logits(kind, tmp_path):
         assert torch.equal(a, b), name
     with safe_open(tmp_path / "model.safetensors", "pt") as file:  # a tied head too: not every engine ties
         assert torch.equal(file.get_tensor("lm_head.weight"), model.lm_head.weight)
+
+
+def test_a_compiled_model_is_exported_as_it_was(tmp_path):
+    model, ids = tiny_model(), tokens(1, 9)
+    export_native(torch.compile(model, backend="eager"), tmp_path, dtype=torch.float32)
+    assert_close(model(ids).logits, native(tmp_path, torch.float32)(ids).logits, 1e-5)
 
 
 @pytest.mark.parametrize("ue8m0", [False, True])
@@ -196,6 +203,9 @@ def test_other_refusals(tmp_path):
         export_native(model, tmp_path / "out", architecture="llama")
     with pytest.raises(ValueError, match="needs fp8=True"):
         export_native(model, tmp_path / "out", ue8m0=True)
+    prompted = peft.get_peft_model(tiny_model(), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    with pytest.raises(ExportError, match="PeftModelForCausalLM is not exported"):
+        export_native(prompted, tmp_path / "out")
     for kind in (NanoDeepSeekModel, NanoDeepSeekForTokenClassification):
         with pytest.raises(ExportError, match=f"{kind.__name__} is not exported"):
             export_native(kind(tiny_config()), tmp_path / "out")

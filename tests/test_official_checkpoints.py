@@ -149,13 +149,27 @@ def edit(folder, change):
         tensors |= load_file(file)
         file.unlink()
     change(tensors)
-    (folder / "model.safetensors.index.json").unlink()
+    (folder / "model.safetensors.index.json").unlink(missing_ok=True)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 KV_A = "model.layers.1.self_attn.kv_a_proj_with_mqa.weight"
 EXPERT = "model.layers.2.mlp.experts.3.up_proj.weight"
 HEAD = "model.layers.3.shared_head.head.weight"
+O_PROJ = "model.layers.1.self_attn.o_proj.weight"
+
+
+def rename(old: str, new: str):
+    """Of a weight and its scales."""
+    return lambda t: t.update({new + end: t.pop(old + end) for end in ("", "_scale_inv")})
+
+
+def transpose(tensors: dict, *names: str):
+    for name in names:
+        weight = tensors[name].view(torch.uint8).T.contiguous().view(torch.float8_e4m3fn)
+        tensors |= {name: weight, f"{name}_scale_inv": tensors[f"{name}_scale_inv"].T.contiguous()}
+
+
 WRONG = {
     "a head of its own": (
         lambda t: t[HEAD][-1, -1].add_(1.0),
@@ -195,6 +209,36 @@ WRONG = {
         lambda t: [t.pop(EXPERT), t.pop(EXPERT + "_scale_inv")],
         f"{EXPERT} is missing",
     ),
+    "no head": (lambda t: t.pop("lm_head.weight"), "lm_head.weight is missing"),
+    "a bias of the head": (
+        lambda t: t.update({"lm_head.bias": torch.ones(97)}), "lm_head.bias has no place in the model"
+    ),
+    "a bias of a norm": (
+        lambda t: t.update({"model.norm.bias": torch.ones(272)}), "model.norm.bias has no place in the model"
+    ),
+    "an expert's number": (
+        lambda t: [rename(EXPERT.replace("up", part), EXPERT.replace("up", part).replace(".3.", ".8."))(t)
+                   for part in ("gate", "up", "down")],
+        "experts.8 is there, and the model has 8 experts",
+    ),
+    "the number of a part": (rename(EXPERT, EXPERT.replace(".3.", ".8.")), f"{EXPERT} is missing"),
+    "one expert more": (
+        lambda t: t.update({n.replace("experts.3", "experts.8"): t[n].clone() for n in list(t) if ".experts.3." in n}),
+        "experts.8 is there, and the model has 8 experts",
+    ),
+    "a transposed layer": (lambda t: transpose(t, O_PROJ), rf"{O_PROJ} is \[124, 272\], not \[272, 124\]"),
+    "transposed experts": (
+        lambda t: transpose(t, *(EXPERT.replace("3.up", f"{e}.down") for e in range(8))),
+        r"experts.0.down_proj.weight is \[24, 272\], not \[272, 24\]",
+    ),
+    "a layer's shape": (
+        lambda t: t.update({O_PROJ: torch.ones(8, 8).to(torch.float8_e4m3fn), f"{O_PROJ}_scale_inv": torch.ones(1, 1)}),
+        rf"{O_PROJ} is \[8, 8\], not \[272, 124\]",
+    ),
+    "an expert's shape": (
+        lambda t: t.update({EXPERT: torch.ones(8, 8).to(torch.float8_e4m3fn), f"{EXPERT}_scale_inv": torch.ones(1, 1)}),
+        rf"{EXPERT} is \[8, 8\], not \[24, 272\]",
+    ),
     "shape": (
         lambda t: t.update({"model.norm.weight": torch.ones(7)}),
         r"model.norm.weight is \[7\], not \[272\]",
@@ -211,6 +255,27 @@ def test_one_error_for_what_does_not_belong_together(wrong, kept, tmp_path):
     settings = {"quantization_config": FineGrainedFP8Config()} if kept else {}
     with pytest.raises(CheckpointError, match=message):
         load(tmp_path, **settings)
+
+
+def test_a_tied_embedding_is_what_heads_are_copies_of(tmp_path):
+    official.write(tmp_path, "v3")
+    config = json.loads((tmp_path / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    edit(tmp_path, lambda t: t.update({HEAD: t["model.embed_tokens.weight"].clone()}) or t.pop("lm_head.weight"))
+    load(tmp_path)
+    edit(tmp_path, lambda t: t[HEAD].add_(1.0))
+    with pytest.raises(CheckpointError, match=f"{HEAD} is not a copy of model.embed_tokens.weight"):
+        load(tmp_path)
+
+
+def test_a_config_used_again_keeps_nothing(tmp_path):
+    """A model is what its modules are, not what its config was once read for."""
+    official.write(tmp_path, "v3", "float")
+    kept = load(tmp_path, quantization_config=FineGrainedFP8Config())
+    fresh = NanoDeepSeekForCausalLM(kept.config)
+    assert kept.keeps_fp8 and not fresh.keeps_fp8 and all(p.requires_grad for p in fresh.parameters())
+    fresh.save_pretrained(tmp_path / "fresh")
+    lora_targets(fresh)
 
 
 @pytest.mark.parametrize("family", ["v2-lite", "v3"])
