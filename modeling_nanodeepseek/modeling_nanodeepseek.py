@@ -297,8 +297,8 @@ class NanoDeepSeekModel(NanoDeepSeekPreTrainedModel):
 
     @property
     def predictors(self) -> list[MultiTokenPredictor]:
-        """Multi-token prediction's modules."""
-        return [layer for layer in self.layers if isinstance(layer, MultiTokenPredictor)]
+        """Multi-token prediction's modules: the last layers, whatever a trainer has wrapped them in."""
+        return list(self.layers[len(self.layers) - self.config.num_nextn_predict_layers :])
 
     def further_losses(self) -> dict[str, str]:
         """The losses beyond cross-entropy that something here learns from, in this stage: name in the output -> field

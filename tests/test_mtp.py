@@ -4,6 +4,7 @@ import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file, save_file
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from modeling_nanodeepseek import (
     NanoDeepSeekForCausalLM,
@@ -346,6 +347,19 @@ def test_the_indexer_of_a_module_learns_from_its_kl_alone():
 # -- on disk -----------------------------------------------------------------------------------------------------------
 
 OFFICIAL_KEYS = {"enorm.weight", "hnorm.weight", "eh_proj.weight", "shared_head.norm.weight"}
+
+
+def test_modules_in_a_wrapper_are_modules():
+    """As accelerate's and torch's checkpointing of activations put layers into another module."""
+    plain, wrapped, ids = mtp_model().train(), mtp_model().train(), tokens()
+    for layer in range(len(wrapped.model.layers)):
+        wrapped.model.layers[layer] = checkpoint_wrapper(wrapped.model.layers[layer])
+    for model in (plain, wrapped):
+        output = model(ids, labels=ids)
+        output.loss.backward()
+        assert output.mtp_depth_losses.shape == (2,)
+    for (name, expected), actual in zip(plain.named_parameters(), wrapped.parameters(), strict=True):
+        assert_close(expected.grad, actual.grad, 1e-6, name)
 
 
 @pytest.mark.parametrize("kind", KINDS)

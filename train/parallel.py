@@ -35,9 +35,10 @@ def settle_fsdp2(trainer: Trainer):
     """Leaves casts to autocast under FSDP2, as without it. accelerate would have it cast parameters, inputs and outputs
     to bf16: routers too, the number of targets that the loss is divided by, and the losses.
 
-    Raises: ValueError for checkpoints in parts, since a model in parts is nothing that from_pretrained reads; and
-    before torch 2.13 for evaluating before the end with multi-token prediction, which uses the head by itself: in
-    evaluation that leaves FSDP's group of the last norm and the head half done there.
+    Raises: ValueError for checkpoints in parts, since a model in parts is nothing that from_pretrained reads; for
+    accelerate's activation checkpointing, which recomputes under other random numbers, and its loading by one process,
+    which stops at buffers; and before torch 2.13 for evaluating before the end with multi-token prediction, which uses
+    the head by itself: in evaluation that leaves FSDP's group of the last norm and the head half done there.
     """
     if not (trainer.is_fsdp_enabled and trainer.accelerator.is_fsdp2):
         return
@@ -47,6 +48,12 @@ def settle_fsdp2(trainer: Trainer):
             f"fsdp_state_dict_type: {plugin.state_dict_type.name} in the launch file would save no model that "
             "from_pretrained reads: use FULL_STATE_DICT"
         )
+    for setting, way in (
+        ("activation_checkpointing", "set it to false, and trainer.gradient_checkpointing=true in the recipe"),
+        ("cpu_ram_efficient_loading", "set it to false"),
+    ):
+        if getattr(plugin, setting):
+            raise ValueError(f"fsdp_{setting}: true in the launch file is not possible: {way}")
     strategy, at_start = args.eval_strategy.value, args.eval_on_start
     predicts, evaluates = trainer.model.config.num_nextn_predict_layers, strategy != "no" or at_start
     if predicts and evaluates and Version(torch.__version__) < Version("2.13"):
@@ -73,6 +80,11 @@ def share_experts(model: NanoDeepSeekForCausalLM, section: ParallelSection) -> N
         raise ValueError(f"parallel.expert={size} does not divide the {world} processes (accelerate's num_processes)")
     if not experts or experts % size:
         raise ValueError(f"parallel.expert={size} does not divide the model's {experts} experts")
+    if model.config.adaptive_expert_threshold > 0:
+        raise ValueError(
+            f"parallel.expert={size} with adaptive_expert_threshold={model.config.adaptive_expert_threshold} is not "
+            "possible: how many experts a token gets must be fixed"
+        )
     for engine in ("FSDP", "DEEPSPEED"):
         if os.environ.get(f"ACCELERATE_USE_{engine}", "false").lower() == "true":
             raise ValueError(

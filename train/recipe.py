@@ -261,7 +261,7 @@ class MtpSection(Section):
     """
 
     coef: float = Field(default=0.3, gt=0)
-    final_coef: float = Field(default=0.1, ge=0)
+    final_coef: float = Field(default=0.1, gt=0)  # at 0 the modules would still move, by what optimizers remember
     switch_at: float = Field(default=10 / 14.8, ge=0, le=1)
     detach_trunk: bool = False  # the loss reaches the modules alone
 

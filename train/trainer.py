@@ -343,7 +343,7 @@ class NanoDeepSeekTrainer(StreamedSteps, AtomicCheckpoints, Trainer):
             logits = outputs.logits.float().flatten(0, 1)
             losses = F.cross_entropy(logits, shifted.flatten(), reduction="none").view_as(shifted)
             terms = [losses, shifted != -100]
-            for k, state in enumerate(outputs.get("mtp_hidden_states") or (), start=1):
+            for k, state in enumerate(outputs.mtp_hidden_states if depth else (), start=1):
                 places = batch.get("attention_mask"), batch.get("position_ids")
                 targets = further_targets(k, shifted, *places)
                 terms += [self.model.lm_head(state).argmax(-1).to(targets.device) == targets, targets != -100]

@@ -29,6 +29,9 @@ def test_impossible_expert_parallelism(size, variables, message, monkeypatch):
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=message):
         share_experts(tiny_model(), ParallelSection(expert=size))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="parallel.expert=2 with adaptive_expert_threshold=0.9 is not possible"):
+        share_experts(tiny_model(adaptive_expert_threshold=0.9), ParallelSection(expert=2))
 
 
 @pytest.fixture
@@ -53,6 +56,16 @@ def test_checkpoints_in_parts_are_refused(fsdp2):
     fsdp2.args.eval_strategy = IntervalStrategy.NO  # on every torch
     settle_fsdp2(fsdp2)
     assert plugin.mixed_precision_policy.param_dtype is None and not plugin.mixed_precision_policy.cast_forward_inputs
+
+
+@pytest.mark.parametrize("setting, way", [
+    ("activation_checkpointing", "trainer.gradient_checkpointing=true in the recipe"),
+    ("cpu_ram_efficient_loading", "set it to false"),
+])  # fmt: skip
+def test_what_accelerate_would_do_wrong_is_refused(fsdp2, setting, way):
+    setattr(fsdp2.accelerator.state.fsdp_plugin, setting, True)
+    with pytest.raises(ValueError, match=f"fsdp_{setting}: true in the launch file is not possible: .*{way}"):
+        settle_fsdp2(fsdp2)
 
 
 @pytest.mark.parametrize("version, change, refused", [
