@@ -205,3 +205,33 @@ def test_serve_refuses_at_the_start_what_it_could_not_serve(sparse, tmp_path, op
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(SystemExit, match="error: --model .* holds a 'llama'"):
         main(["--model", str(tmp_path)])
+    with pytest.raises(SystemExit, match="error: Unsupported dtype: 'float7'"):  # what the server itself finds
+        main(["--model", str(sparse), "--device", "cpu", "--dtype", "float7"])
+
+
+DAMAGES = {  # a file, what becomes of it, words of the message
+    "cut weights": ("model.safetensors", lambda old: old[:-100], "no complete safetensors file"),
+    "cut tokenizer": ("tokenizer.json", lambda old: old[:-100], "has no tokenizer that can be read"),
+    "odd tokenizer": ("tokenizer.json", lambda old: b"{}", "has no tokenizer that can be read"),
+    "cut config": ("config.json", lambda old: old[:-100], "not a valid JSON file"),
+    "impossible value": ("config.json", lambda old: old.replace(b'"silu"', b'"gelu"'), "hidden_act='gelu' is not poss"),
+    "other weights": (
+        "config.json",
+        lambda old: old.replace(b'_size": 40', b'_size": 48'),
+        "are not those of its conf",
+    ),
+    "no class": ("config.json", lambda old: old.replace(b"ForCausalLM", b"Model", 1), "['NanoDeepSeekModel']"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGES)
+def test_a_damaged_checkpoint_is_one_line(case, sparse, tmp_path, openai):
+    name, damage, words = DAMAGES[case]
+    folder = shutil.copytree(sparse, tmp_path / "damaged")
+    old = (folder / name).read_bytes()
+    (folder / name).write_bytes(damage(old))
+    assert (folder / name).read_bytes() != old
+    with pytest.raises(SystemExit) as ended:
+        main(["--model", str(folder), "--device", "cpu"])
+    message = str(ended.value)
+    assert message.startswith("error: ") and words in message and str(folder) in message and "\n" not in message

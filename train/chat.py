@@ -2,7 +2,8 @@
 
 A source is `docstrings` (questions about the Python standard library and its own answers: real text everywhere, nothing
 to download), a .jsonl, .json or .parquet file, a folder of such files, a list of those, or a data set known to
-`datasets` by name. Each row of it holds `messages`, a list of {role, content}.
+`datasets` by name. Each row of it holds `messages`, a list of {role, content}. What else a message says, or a row of
+tools, would be lost, and is refused; other columns are ignored.
 """
 
 import ast
@@ -10,6 +11,7 @@ import re
 from bisect import bisect_left, insort
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -75,9 +77,22 @@ def _checked(rows: Dataset, field: str, name: str) -> Dataset:
     if field not in rows.column_names:
         raise ValueError(f"{name}: no column {field!r}; there are {rows.column_names} (set data.messages_field)")
     conversations = []
-    for i, messages in enumerate(rows[field]):
+    tools = rows["tools"] if "tools" in rows.column_names else repeat(None)
+    for i, (messages, offered) in enumerate(zip(rows[field], tools)):
+        if _says(offered):
+            raise ValueError(
+                f"conversation {name}#{i}: the row has tools={offered!r:.80}, which are not supported: only {field!r} "
+                "is read. Tell of them in a system message, or leave them out"
+            )
         conversations.append({"name": f"{name}#{i}", "messages": _messages(messages, f"{name}#{i}")})
     return Dataset.from_list(conversations, features=CONVERSATION)
+
+
+def _says(value: Any) -> bool:
+    """Whether a field says anything: what only other rows have is null here, at any depth."""
+    if isinstance(value, (dict, list)):
+        return any(map(_says, value.values() if isinstance(value, dict) else value))
+    return value is not None and value != ""
 
 
 def _messages(messages: Any, name: str) -> list[dict[str, str]]:
@@ -92,8 +107,12 @@ def _messages(messages: Any, name: str) -> list[dict[str, str]]:
             raise ValueError(f"conversation {name}: unknown role {role!r}; it must be one of {', '.join(ROLES)}")
         if not isinstance(content, str):
             raise ValueError(f"conversation {name}: the {role}'s content must be text, and is {content!r:.80}")
-        if message.get("tool_calls"):
-            raise ValueError(f"conversation {name}: it has tool_calls, which are not supported: only role and content")
+        for further, value in message.items():
+            if further not in ("role", "content") and _says(value):
+                raise ValueError(
+                    f"conversation {name}: the {role}'s message has {further}={value!r:.80}, which is not supported: "
+                    "only role and content are read. Write it into content, or leave it out"
+                )
     if not any(m["role"] == "assistant" and m["content"] for m in messages):
         raise ValueError(f"conversation {name}: there is nothing to learn, because the assistant says nothing")
     return [{"role": m["role"], "content": m["content"]} for m in messages]

@@ -10,12 +10,11 @@ import json
 import sys
 
 import torch
-from transformers import AutoTokenizer
 
 from modeling_nanodeepseek import NanoDeepSeekForCausalLM
 from modeling_nanodeepseek.export import ARCHITECTURES, export_native
 
-from .adapters import refuse_adapter
+from .loading import load_config, load_tokenizer
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 
@@ -31,8 +30,8 @@ def main(arguments: list[str] | None = None):
     parser.add_argument("--max-shard-gb", type=float, default=5.0, help="of one file")
     args = parser.parse_args(arguments)
     try:
-        refuse_adapter(args.model, "exported")
-        tokenizer = AutoTokenizer.from_pretrained(args.model)
+        load_config(args.model, "exported", ours=True)
+        tokenizer = load_tokenizer(args.model)
         model = NanoDeepSeekForCausalLM.from_pretrained(args.model)
         folder = export_native(
             model,
@@ -45,7 +44,7 @@ def main(arguments: list[str] | None = None):
             max_shard_bytes=round(args.max_shard_gb * 1e9),
         )
     except (ValueError, OSError) as error:
-        sys.exit(f"{parser.prog}: {error}")
+        sys.exit(f"error: {error}")
     kind = json.loads((folder / "config.json").read_text())["model_type"]
     print(f"{folder}: {kind}, {model.num_parameters():,} parameters")
 

@@ -5,6 +5,8 @@ What is wrong with it is one ValueError that names it; a folder's own code is ne
 
 import difflib
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,10 @@ from transformers import (
 )
 
 from modeling_nanodeepseek import NanoDeepSeekConfig  # importing the package registers the model with the Auto classes
+from modeling_nanodeepseek.checkpoints import refuse_foreign
+from modeling_nanodeepseek.saving import finish_saving
 
-from .adapters import refuse_adapter
+from .adapters import base_of_adapter, refuse_adapter
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")  # from_pretrained's, beside the config's fields
@@ -35,31 +39,56 @@ def place(device: str | None) -> torch.device:
         raise ValueError(f"--device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
 
 
-def load_config(model: str, **overrides: Any) -> PreTrainedConfig:
-    """The config of a checkpoint, checked to be one; `overrides` are fields that it has, with other values."""
+@contextmanager
+def possible_config(model: str, *further: type[Exception]) -> Iterator[None]:
+    """What a config refuses of the values it is given is one ValueError of one line, naming the model and the field.
+
+    `further` are errors that are no less, where nothing but a config is read.
+    """
+    try:
+        yield
+    except (StrictDataclassError, *further) as error:
+        reason = error.__cause__ if isinstance(error, StrictDataclassError) else error  # without the validator's name
+        raise ValueError(f"config of {model!r}: {first_line(reason or error)}") from error
+
+
+ODD_VALUES = (AttributeError, TypeError)  # of what transformers does not check first: dtype, quantization_config
+
+
+def load_config(model: str, done: str = "used by itself", ours: bool = False, **overrides: Any) -> PreTrainedConfig:
+    """The config of a checkpoint, checked to be one.
+
+    Args:
+        done: what is done with a model and cannot be with an adapter, for the message that refuses one.
+        ours: read it as NanoDeepSeekConfig, as our classes do: DeepSeek's own and their relatives' too.
+        overrides: fields that it has, with other values.
+    """
     folder = Path(model).expanduser()
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        refuse_adapter(model, "used by itself")
-        raise ValueError(f"{model!r} holds no config.json: it is no checkpoint")
     if not folder.is_dir() and (folder.exists() or model.startswith(("/", ".", "~"))):
         raise ValueError(f"{model!r} is not a folder")
+    finish_saving(folder)
     try:
-        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+        refuse_adapter(model, done)
+        values = PreTrainedConfig.get_config_dict(model)[0]
     except OSError as error:
         if folder.is_dir():
             raise
         raise ValueError(f"{model!r} is not a folder, and not to be had from the Hub: {first_line(error)}") from error
-    for field in overrides:
-        if field not in IMPLEMENTATIONS and not hasattr(config, field):
-            close = difflib.get_close_matches(field, [*IMPLEMENTATIONS, *config.to_dict()], n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise ValueError(f"{field!r} is no field of the config of {model!r}{hint}")
-        if field not in IMPLEMENTATIONS:
-            setattr(config, field, overrides[field])
-    try:
+    if not values:
+        raise ValueError(f"{model!r} holds no config.json, or an empty one: it is no checkpoint")
+    with possible_config(model, ValueError, *ODD_VALUES):
+        if ours:
+            refuse_foreign(values, model)
+        config = (NanoDeepSeekConfig if ours else AutoConfig).from_pretrained(model, trust_remote_code=False)
+    with possible_config(model):
+        for field in overrides:
+            if field not in IMPLEMENTATIONS and not hasattr(config, field):
+                close = difflib.get_close_matches(field, [*IMPLEMENTATIONS, *config.to_dict()], n=1)
+                hint = f"; did you mean {close[0]!r}?" if close else ""
+                raise ValueError(f"{field!r} is no field of the config of {model!r}{hint}")
+            if field not in IMPLEMENTATIONS:
+                setattr(config, field, overrides[field])
         config.validate()
-    except StrictDataclassError as error:
-        raise ValueError(f"config of {model!r}: {' '.join(str(error).split())}") from error
     return config
 
 
@@ -70,8 +99,8 @@ def load_model(
 
     Raises: ValueError or OSError, naming it, if it has none.
     """
-    if not (adapters and (Path(model).expanduser() / "adapter_config.json").is_file()):
-        load_config(model, **overrides)
+    adapted = adapters and (Path(model).expanduser() / "adapter_config.json").is_file()
+    load_config((adapted and base_of_adapter(model)) or model, **overrides)
     where = place(device)
     loaded = AutoModelForCausalLM.from_pretrained(
         model, dtype=DTYPES.get(dtype, dtype), trust_remote_code=False, **overrides
@@ -83,8 +112,9 @@ def load_tokenizer(model: str, **settings: Any) -> PreTrainedTokenizerBase:
     """The tokenizer beside a checkpoint. Raises: ValueError if there is none that can be read."""
     try:
         return AutoTokenizer.from_pretrained(model, trust_remote_code=False, **settings)
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{model!r} has no tokenizer that can be read: {first_line(error)}") from error
+    except Exception as error:  # what tokenizers raises is no more than that, and wrong values end in any
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise ValueError(f"{model!r} has no tokenizer that can be read: {reason}") from error
 
 
 def position_limit(config: PreTrainedConfig) -> float:

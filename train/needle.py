@@ -14,8 +14,9 @@ from pathlib import Path
 
 import torch
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .loading import load_model, load_tokenizer
 from .pretrain import folder_or_name
 from .synthetic import FACT, KEYS, VALUES, fact, filler
 
@@ -83,8 +84,7 @@ def needle(
 
     Raises: ValueError for a length that is longer without it.
     """
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = load_model(folder, "cpu"), load_tokenizer(folder)
     limit = model.config.max_position_embeddings
     if max(lengths) > limit:
         if not longer:

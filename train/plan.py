@@ -14,7 +14,6 @@ import sys
 from pathlib import Path
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 
 from modeling_nanodeepseek import NanoDeepSeekConfig
 
@@ -28,6 +27,7 @@ from .accounting import (
     training_flops_per_token,
 )
 from .hardware import DEVICES, Device, multiplies_bf16, runtime_bytes, this_machine, use_threads
+from .loading import ODD_VALUES, possible_config
 from .memory import training_bytes
 from .models import build_config
 
@@ -40,7 +40,8 @@ ITEMSIZE = {"bf16": 2, "fp32": 4, "fp8": 1}
 
 def load_config(model: str) -> NanoDeepSeekConfig:
     folder = Path(model).expanduser()
-    return build_config(str(folder / "config.json") if folder.is_dir() else model)
+    with possible_config(model, *ODD_VALUES):
+        return build_config(str(folder / "config.json") if folder.is_dir() else model)
 
 
 def parameters(config: NanoDeepSeekConfig) -> dict[str, float]:
@@ -264,8 +265,6 @@ def main(argv: list[str] | None = None):
     args = build_parser().parse_args(argv)
     try:
         numbers = plan(args)
-    except StrictDataclassError as error:
-        sys.exit(f"error: --model {args.model}: {' '.join(str(error).split())}")
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     print(json.dumps(numbers, indent=2) if args.json else table(numbers))

@@ -15,21 +15,19 @@ from pathlib import Path
 import torch
 import transformers
 from accelerate import PartialState
-from huggingface_hub.errors import StrictDataclassError
 from transformers import TrainingArguments, pipeline, set_seed
 
 from modeling_nanodeepseek import NanoDeepSeekConfig, NanoDeepSeekForCausalLM
 from modeling_nanodeepseek.saving import replacing
 
 from .accounting import count_parameters
-from .adapters import refuse_adapter
 from .card import tables
 from .checkpointing import STATE, checkpoints, explain, resumed_checkpoint
 from .data import Packer, collate, hold_out, load_documents, pack
 from .faults import NonFiniteError, Stopped, full_disks_of_threads, heed_sigterm, lost_others
 from .fp8 import convert_to_fp8, describe_fp8, launched_in_fp8, precision_of, trains_in_fp8
 from .hardware import keep_memory, multiplies_bf16, name_of, use_threads
-from .loading import load_config
+from .loading import load_config, possible_config
 from .loading import load_tokenizer as read_tokenizer
 from .models import build_model
 from .optimizers import parameter_groups
@@ -109,10 +107,7 @@ def checkpoint_of(recipe: Recipe) -> str | None:
     if recipe.model.checkpoint is None:
         return None
     checkpoint = folder_or_name(recipe.model.checkpoint, "model.checkpoint")
-    if Path(checkpoint).is_dir():
-        refuse_adapter(checkpoint, "the start of a run (model.checkpoint)")
-    else:
-        load_config(checkpoint)  # else its tokenizer would be what is missed
+    load_config(checkpoint, "the start of a run (model.checkpoint)", ours=True)  # before its tokenizer is
     return checkpoint
 
 
@@ -378,9 +373,9 @@ def launch(run: Callable[[Recipe], dict[str, float]], recipe: Recipe):
 def problem(run: Callable[[Recipe], dict[str, float]], recipe: Recipe) -> str | None:
     """Runs a recipe; what to tell the user if it fails for a reason outside the code."""
     try:
-        with full_disks_of_threads():
+        with full_disks_of_threads(), possible_config(recipe.model.checkpoint or recipe.model.config):
             run(recipe)
-    except (ValueError, OSError, StrictDataclassError, NonFiniteError) as error:
+    except (ValueError, OSError, NonFiniteError) as error:
         return f"error: {explain(error, recipe.output_dir)}"
     except RuntimeError as error:
         if not lost_others(error):

@@ -1,5 +1,9 @@
 """An adapter's folder, given to each command: what writes takes it, all else says what to do."""
 
+import json
+import shutil
+from pathlib import Path
+
 import pytest
 
 from modeling_nanodeepseek import NanoDeepSeekForCausalLM
@@ -38,6 +42,20 @@ def test_an_adapter_writes_on_its_model(adapter, tmp_path, capsys):
     AutoPeftModelForCausalLM.from_pretrained(lora).merge_and_unload().save_pretrained(tmp_path)
     small_tokenizer().save_pretrained(tmp_path)
     assert written == write(str(tmp_path), capsys) != write(base, capsys)
+
+
+def test_what_is_wrong_with_its_model_is_one_line(adapter, tmp_path):
+    lora, base = adapter
+    shutil.copytree(base, tmp_path / "base")
+    config, settings = tmp_path / "base" / "config.json", json.loads(Path(lora, "adapter_config.json").read_text())
+    config.write_text(config.read_text().replace('"silu"', '"gelu"'))
+    shutil.copytree(lora, tmp_path / "lora")
+    settings["base_model_name_or_path"] = str(tmp_path / "base")
+    (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises(SystemExit) as ended:
+        generate.main(["--model", str(tmp_path / "lora"), "--prompt", "the quick"])
+    message = str(ended.value)
+    assert message.startswith(f"error: config of '{tmp_path / 'base'}': hidden_act='gelu'") and "\n" not in message
 
 
 def test_an_adapter_is_no_model(adapter, tiny_recipe, tmp_path):

@@ -188,6 +188,7 @@ REFUSED = {  # the model, arguments, words of the one message
     "absent tasks": ("ours", ["--tasks", "choose", "--include-path", "/nope"], ["--include-path '/nope' is not"]),
     "unknown field": ("ours", [*DATA, "--override", "atention_form=x"], ["'atention_form'", "mean 'attention_form'"]),
     "impossible value": ("ours", [*DATA, "--override", "attention_form=x"], ["attention_form='x' is not possible"]),
+    "no number": ("ours", [*DATA, "--override", "hidden_size=forty"], ["'hidden_size' expected int, got str"]),
     "no place": ("ours", [*DATA, "--json", "/nope/out.json"], ["--json '/nope/out.json' cannot be written"]),
     "no device": ("ours", [*DATA, "--device", "tpu9"], ["--device 'tpu9' cannot be used"]),
 }

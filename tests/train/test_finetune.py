@@ -183,6 +183,14 @@ def a(role="user", content="x", **more) -> dict:
 
 
 SAYS = a("assistant", "y")
+
+
+def rows(path, *columns: dict) -> str:
+    """A file of the same conversation, with other columns beside it."""
+    path.write_text("".join(json.dumps({"messages": [a(), SAYS]} | more) + "\n" for more in columns))
+    return str(path)
+
+
 REFUSED = {
     "no such file": (lambda path: "nowhere.jsonl", "'nowhere.jsonl' does not exist"),
     "text": (lambda path: [(path / "a.txt").write_text("x"), str(path / "a.txt")][1], "no conversations.*jsonl"),
@@ -194,9 +202,21 @@ REFUSED = {
         "a.jsonl#1: unknown role 'human'; it must be one of system, developer, user, assistant, tool",
     ),
     "no text": (lambda path: write(path / "a.jsonl", [[a(content=None), SAYS]]), "the user's content must be text"),
+    "tool calls": (
+        lambda path: write(path / "a.jsonl", [[a(), SAYS], [a(), a("assistant", "y", tool_calls=[{"name": "f"}])]]),
+        r"a.jsonl#1: the assistant's message has tool_calls=\[\{'name': 'f'\}\], which is not .*only role and content",
+    ),
+    "reasoning": (
+        lambda path: write(path / "a.jsonl", [[a(), SAYS], [a(), a("assistant", "y", reasoning_content="so")]]),
+        "a.jsonl#1: the assistant's message has reasoning_content='so', which is not supported: only role and content",
+    ),
+    "no weight": (
+        lambda path: write(path / "a.jsonl", [[a(), SAYS, a(), a("assistant", "y", weight=0)]]),
+        "a.jsonl#0: the assistant's message has weight=0, which is not supported",
+    ),
     "tools": (
-        lambda path: write(path / "a.jsonl", [[a(), a("assistant", "y", tool_calls=[{"name": "f"}])]]),
-        "tool_calls, which are not supported",
+        lambda path: rows(path / "a.jsonl", {"id": 0}, {"tools": [{"name": "f"}]}),
+        r"a.jsonl#1: the row has tools=\[\{'name': 'f'\}\], which are not supported: only 'messages' is read",
     ),
     "no assistant": (lambda path: write(path / "a.jsonl", [[a()]]), "a.jsonl#0: there is nothing to learn"),
     "an empty list": (lambda path: [], "the list is empty"),
@@ -208,6 +228,14 @@ def test_what_is_no_conversation_is_one_clear_error(case, tmp_path):
     make, message = REFUSED[case]
     with pytest.raises(ValueError, match=message):
         load_conversations(make(tmp_path))
+
+
+def test_what_says_nothing_is_no_reason_to_refuse(tmp_path):
+    """Fields that are null or empty, which tables fill in; and what is no part of the conversation."""
+    harmless = {"id": 7, "source": "x", "tools": []}
+    empty = a("assistant", "y", tool_calls=None, reasoning_content="", call={"name": None, "arguments": []})
+    chat = load_conversations(rows(tmp_path / "a.jsonl", harmless, {"messages": [a(), empty], "tools": None}))
+    assert chat["messages"] == [[a(), SAYS]] * 2
 
 
 def test_chat_templates(base):

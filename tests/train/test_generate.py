@@ -3,9 +3,11 @@
 import io
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
+from modeling_nanodeepseek.saving import COMMITTED
 from tests.small_run import TINY_MODEL, small_tokenizer
 from train import generate
 from train.models import build_model
@@ -143,6 +145,14 @@ def test_an_absent_model_is_named():
 DAMAGES = {
     "cut weights": ("model.safetensors", lambda text: text[:5000], "no complete safetensors file"),
     "half a config": ("config.json", lambda text: text[:80], "not a valid JSON file"),
+    "impossible value": ("config.json", lambda text: text.replace(b'"silu"', b'"gelu"'), "hidden_act='gelu' is not"),
+    "no number": (
+        "config.json",
+        lambda text: text.replace(b'k_dense_replace": ', b'k_dense_replace": "few", "_": '),
+        "few",
+    ),
+    "odd dtype": ("config.json", lambda text: text.replace(b"float32", b"floaty"), "'floaty'"),
+    "odd tokenizer": ("tokenizer.json", lambda text: b"{}", "has no tokenizer that can be read"),
     "another architecture": (
         "config.json",
         lambda text: text.replace(b"nanodeepseek", b"nothing_known").replace(b"auto_map", b"auto_nap"),
@@ -163,7 +173,15 @@ def test_a_damaged_checkpoint_is_named(case, checkpoint, tmp_path, monkeypatch):
     folder = tmp_path / "model"
     shutil.copytree(checkpoint, folder)
     (folder / name).write_bytes(damage((folder / name).read_bytes()))
+    assert (folder / name).read_bytes() != Path(checkpoint, name).read_bytes()
     with pytest.raises(SystemExit) as error:
         generate.main(["--model", str(folder), "--prompt", "x"])
     message = str(error.value)
-    assert message.startswith("error: ") and words in message and len(message) < 800, message
+    assert message.startswith("error: ") and words in message and len(message) < 800 and "\n" not in message, message
+
+
+def test_what_a_killed_save_left_complete_is_read(checkpoint, tmp_path, capsys):
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint, folder / COMMITTED)
+    generate.main(["--model", str(folder), "--prompt", "the fox", "--max-new-tokens", "2"])
+    assert capsys.readouterr().out and not (folder / COMMITTED).exists()

@@ -78,3 +78,21 @@ def test_the_command(tmp_path, capsys):
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "model").config.max_position_embeddings == 200
     with pytest.raises(SystemExit, match="'./absent' is not a folder"):
         needle.main(["--model", "./absent", "--lengths", "150"])
+
+
+@pytest.mark.parametrize(
+    "name, old, new",
+    [
+        ("config.json", '"model_type": "nanodeepseek"', '"model_type": "own"'),  # the Auto classes that it names stay
+        ("tokenizer_config.json", '"tokenizer_class"', '"auto_map": {"AutoTokenizer": [null, "own.Own"]}, "was"'),
+    ],
+)
+def test_a_folders_code_is_not_run(name, old, new, tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *a: pytest.fail("asked"))
+    NanoDeepSeekForCausalLM(NanoDeepSeekConfig(**TINY_MODEL)).save_pretrained(tmp_path)
+    small_tokenizer().save_pretrained(tmp_path)
+    text = (tmp_path / name).read_text()
+    assert old in text
+    (tmp_path / name).write_text(text.replace(old, new))
+    with pytest.raises(SystemExit, match="error: .*contains custom code"):
+        needle.main(["--model", str(tmp_path), "--lengths", "150"])

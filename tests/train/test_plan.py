@@ -165,7 +165,8 @@ def test_another_familys_config_is_refused(tmp_path, capsys):
     file = tmp_path / "config.json"
     for config, message in (
         (LlamaConfig().to_dict(), "holds a model of type 'llama'"),
-        ({"model_type": "nanodeepseek", "num_attention_heads": 0}, "num_attention_heads=0"),
+        ({"model_type": "nanodeepseek", "num_attention_heads": 0}, "error: config of .*: num_attention_heads=0"),
+        ({"model_type": "nanodeepseek", "dtype": "floaty"}, "error: config of .*'floaty'"),
     ):
         file.write_text(json.dumps(config))
         with pytest.raises(SystemExit, match=message) as caught:

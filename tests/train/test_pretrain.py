@@ -132,7 +132,10 @@ REFUSED = {
     "rope without factor": ({"model.overrides": "{rope_parameters: {rope_type: yarn}}"}, ["lacks 'factor'"]),
     "output is a file": ({"output_dir": "{short}"}, ["output_dir", "is a file"]),
     "impossible output": ({"output_dir": "/proc/nope"}, ["/proc/nope"]),
-    "impossible field": ({"model.overrides": "{num_attention_heads: 0}"}, ["num_attention_heads=0", "at least 1"]),
+    "impossible field": (
+        {"model.overrides": "{num_attention_heads: 0}"},
+        ["config of 'small': num_attention_heads=0", "at least 1"],
+    ),
 }
 
 
