@@ -1,7 +1,7 @@
 # Two commands: `make quickstart` and `make test`. Each makes .venv itself; both are safe to run twice.
 # Beside them: `make conformance` (transformers' own model tests, which it downloads), `make versions` (the suite on the
-# oldest and the newest torch and transformers that are supported), `make test-quantisation` (8 and 4 bits by other
-# packages), `make lint`, `make format`.
+# oldest and the newest torch and transformers that are supported), `make test-extras` (what needs packages that
+# are large or built from source: quantisation, FP8's launch file, ZeRO-3, trackers), `make lint`, `make format`.
 
 PYTHON ?= python3
 VENV := .venv
@@ -12,7 +12,7 @@ PINS :=
 # The lowest version that setup.cfg allows.
 floor = $(shell sed -n 's/^ *$(1)>=//p' setup.cfg)
 
-.PHONY: quickstart test test-quantisation conformance versions lint format install clean
+.PHONY: quickstart test test-extras conformance versions lint format install clean
 
 quickstart: install
 	$(BIN)/accelerate launch --quiet --config_file configuration/accelerate/single.yaml \
@@ -21,9 +21,10 @@ quickstart: install
 test: install
 	$(BIN)/python -m pytest -n 2
 
-test-quantisation: install
-	$(BIN)/pip install --editable ".[test,quantisation]"
-	$(BIN)/python -m pytest tests/test_quantisation.py tests/distributed/test_quantisation.py
+test-extras: install
+	$(BIN)/pip install --editable ".[test,quantisation,zero,trackers]"
+	$(BIN)/python -m pytest tests/test_quantisation.py tests/distributed/test_quantisation.py \
+		tests/train/test_fp8.py tests/distributed/test_zero3.py tests/train/test_trackers.py
 
 conformance: install
 	$(BIN)/python -m tests.conformance.report -n 2

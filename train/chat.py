@@ -25,6 +25,11 @@ from .plain_text import PlainText
 from .tokenizer import CHAT_TEMPLATE, ROLE_MARKERS
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
+# What would change the text or what is learned of it, and is not supported; other fields of a message say something
+# about it, and are left aside.
+UNSUPPORTED = (
+    "tool_calls", "tool_call_id", "function_call", "reasoning_content", "reasoning", "thinking", "weight", "train",
+)  # fmt: skip
 CONVERSATION = Features(
     {"name": Value("string"), "messages": List({"role": Value("string"), "content": Value("string")})}
 )
@@ -92,7 +97,7 @@ def _says(value: Any) -> bool:
     """Whether a field says anything: what only other rows have is null here, at any depth."""
     if isinstance(value, (dict, list)):
         return any(map(_says, value.values() if isinstance(value, dict) else value))
-    return value is not None and value != ""
+    return value is not None and value not in ("", "[]", "{}")
 
 
 def _messages(messages: Any, name: str) -> list[dict[str, str]]:
@@ -107,11 +112,11 @@ def _messages(messages: Any, name: str) -> list[dict[str, str]]:
             raise ValueError(f"conversation {name}: unknown role {role!r}; it must be one of {', '.join(ROLES)}")
         if not isinstance(content, str):
             raise ValueError(f"conversation {name}: the {role}'s content must be text, and is {content!r:.80}")
-        for further, value in message.items():
-            if further not in ("role", "content") and _says(value):
+        for field in UNSUPPORTED:
+            if _says(message.get(field)):
                 raise ValueError(
-                    f"conversation {name}: the {role}'s message has {further}={value!r:.80}, which is not supported: "
-                    "only role and content are read. Write it into content, or leave it out"
+                    f"conversation {name}: the {role}'s message has {field}={message[field]!r:.80}, which is not "
+                    "supported: only role and content are read. Write it into content, or leave it out"
                 )
     if not any(m["role"] == "assistant" and m["content"] for m in messages):
         raise ValueError(f"conversation {name}: there is nothing to learn, because the assistant says nothing")

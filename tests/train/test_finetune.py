@@ -232,8 +232,17 @@ def test_what_is_no_conversation_is_one_clear_error(case, tmp_path):
 
 def test_what_says_nothing_is_no_reason_to_refuse(tmp_path):
     """Fields that are null or empty, which tables fill in; and what is no part of the conversation."""
-    harmless = {"id": 7, "source": "x", "tools": []}
-    empty = a("assistant", "y", tool_calls=None, reasoning_content="", call={"name": None, "arguments": []})
+    harmless = {"id": 7, "source": "x", "tools": "[]"}
+    empty = a(
+        "assistant",
+        "y",
+        tool_calls=None,
+        reasoning_content="",
+        call={"name": None, "arguments": []},
+        weight=None,
+        toxic=False,
+        turn=3,
+    )
     chat = load_conversations(rows(tmp_path / "a.jsonl", harmless, {"messages": [a(), empty], "tools": None}))
     assert chat["messages"] == [[a(), SAYS]] * 2
 
