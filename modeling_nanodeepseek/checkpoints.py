@@ -192,8 +192,11 @@ class CheckpointMixin:
             if state_dict is not None:
                 checkpoint_files = None  # what is offloaded to disk would be read from there again, as it lies there
         whole = files and not load_config.ignore_mismatched_sizes and not model._hf_peft_config_loaded
-        if (whole or model.keeps_fp8) and not load_config.is_quantized:  # other packages store shapes of their own
-            refuse(shape_problems(model, shapes), model, load_config)
+        if whole or model.keeps_fp8:
+            problems = expert_problems(model, shapes)
+            # What other packages quantised is stored in shapes of theirs.
+            problems += [] if load_config.is_quantized else shape_problems(model, shapes)
+            refuse(problems, model, load_config)
         if load_config.is_quantized and (model.tp_size or 1) > 1:
             for module in model.modules():
                 if isinstance(module, MultiHeadLatentAttention):
@@ -332,10 +335,10 @@ def equal(a, b, rows: int = 8192) -> bool:
     return all(torch.equal(a[part].float(), b[part].float()) for part in parts)
 
 
-def shape_problems(model: PreTrainedModel, shapes: Shapes) -> list[str]:
-    """What of a checkpoint does not fit a model that has no weights yet, by headers alone: shapes, experts' numbers.
+def expert_problems(model: PreTrainedModel, shapes: Shapes) -> list[str]:
+    """What of a checkpoint's experts does not fit a model that has no weights yet, by headers alone.
 
-    transformers stacks the experts that it finds in the order of their numbers, and looks at how many there are.
+    transformers stacks those that it finds in the order of their numbers, and looks at how many there are.
     """
     on_disk, problems = names_on_disk(model, shapes), []
     for owner, module in model.named_modules():
@@ -343,6 +346,12 @@ def shape_problems(model: PreTrainedModel, shapes: Shapes) -> list[str]:
             prefix = f"{on_disk(owner)}."
             problems += misfits(module, prefix, shapes)
             problems += [f"{name} is missing" for name in absentees(module, prefix, shapes)]
+    return problems
+
+
+def shape_problems(model: PreTrainedModel, shapes: Shapes) -> list[str]:
+    """Tensors of a checkpoint that have another shape than in a model that has no weights yet."""
+    on_disk, problems = names_on_disk(model, shapes), []
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         place, expected = on_disk(name), shape_of(tensor)
         if shapes.get(place, expected) != expected:
