@@ -28,6 +28,7 @@ from modeling_nanodeepseek.stacking import (
     stack_expert_keys,
 )
 
+from . import zero3
 from .faults import disk_is_full
 from .fingerprint import differences, fingerprint
 from .sharding import gathered, part
@@ -142,7 +143,7 @@ def _check_optimizer(checkpoint: Path, layout: str | None):
             f"by {NAMES[written[0]]} ({OPTIMIZERS[written[0]]}). Resume it with a launch file of that kind; "
             f"{FROM_WEIGHTS}"
         )
-    # DeepSpeed keeps the schedule in its folder, or transformers asks for the file itself.
+    # DeepSpeed keeps the schedule in a folder of its own, or transformers asks for the file itself.
     if (layout or written[0]) != DEEPSPEED and not (checkpoint / SCHEDULE).is_file():
         raise CheckpointError(
             f"{str(checkpoint)!r} has no {SCHEDULE}, the state of the learning rate's schedule, so it cannot be "
@@ -213,6 +214,7 @@ class AtomicCheckpoints:
     """
 
     _staging = False
+    _stepped: list[list[torch.nn.Parameter]] = []  # by group what the optimizer steps, before ZeRO-3 makes it flat
     _fingerprint: dict[str, int | str] | None = None  # of what the run under way trains on
 
     def __init__(self, model, args, *further, **kwargs):
@@ -267,8 +269,12 @@ class AtomicCheckpoints:
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
         """As in Trainer; model, tokenizer and arguments appear in the folder together."""
         folder = output_dir or self.args.output_dir
+        if self._staging and self._by_zero3:
+            weights = zero3.whole_weights(self.model, keep=self.args.should_save)
+            if self.args.should_save:
+                self._save(folder, state_dict=weights)
         # A checkpoint is a stage already; with DeepSpeed all ranks write.
-        if self._staging or not self.args.should_save or self.is_deepspeed_enabled:
+        elif self._staging or not self.args.should_save or self.is_deepspeed_enabled:
             super().save_model(folder, _internal_call=True)
         else:
             with replacing(folder) as stage:
@@ -305,7 +311,7 @@ class AtomicCheckpoints:
         if not resume_from_checkpoint:
             return super().train(None, *args, **kwargs)
         state = TrainerState.load_from_json(str(Path(resume_from_checkpoint, STATE)))
-        if 0 < self.args.max_steps <= state.global_step and not self.is_deepspeed_enabled:
+        if 0 < self.args.max_steps <= state.global_step and (self._by_zero3 or not self.is_deepspeed_enabled):
             return self._restore(str(resume_from_checkpoint), state)
         return super().train(str(resume_from_checkpoint), *args, **kwargs)
 
@@ -324,7 +330,7 @@ class AtomicCheckpoints:
     @property
     def _needs(self) -> tuple[str, set[str]]:
         """What this run goes on from: a layout, and files of generators' states."""
-        if self.is_deepspeed_enabled:
+        if self.is_deepspeed_enabled and not self._by_zero3:
             layout = DEEPSPEED
         elif self.is_fsdp_enabled and not self._shares:
             layout = FULL if self._whole_by_fsdp else SHARDED
@@ -368,25 +374,46 @@ class AtomicCheckpoints:
         return "FULL_STATE_DICT" in str(self.accelerator.state.fsdp_plugin.state_dict_type)
 
     @property
+    def _by_zero3(self) -> bool:
+        """Whether DeepSpeed's ZeRO-3 shares the parameters and checkpoints are whole all the same."""
+        if not self.is_deepspeed_enabled or hasattr(self.model, "peft_config"):
+            return False
+        return self.accelerator.state.deepspeed_plugin.zero_stage == 3
+
+    @property
     def _shares(self) -> bool:
         """Whether processes share the parameters and checkpoints are whole all the same.
 
-        Then they are what one process writes, and every layout reads every other's. Not so by DeepSpeed, which has a
-        format of its own, nor where the launch file asks for FSDP's (SHARDED_STATE_DICT), nor of adapters.
+        Then they are what one process writes, and every layout reads every other's. Not so by DeepSpeed's stages 1 and
+        2, which have a format of their own, nor where the launch file asks for FSDP's (SHARDED_STATE_DICT), nor of
+        adapters.
         """
         if hasattr(self.model, "peft_config"):
             return False
         if self.is_fsdp_enabled:
             return self._whole_by_fsdp
-        return getattr(self, "is_distributed_loading_by_transformers", False)
+        return self._by_zero3 or getattr(self, "is_distributed_loading_by_transformers", False)
 
     def _save_optimizer_and_scheduler(self, output_dir: str):
         if not self._shares:
             return super()._save_optimizer_and_scheduler(output_dir)
-        state = gathered(self.optimizer.state_dict(), keep=self.args.should_save)
+        if self._by_zero3:
+            state = zero3.whole_optimizer(self.optimizer.param_groups, self._stepped, keep=self.args.should_save)
+        else:
+            state = gathered(self.optimizer.state_dict(), keep=self.args.should_save)
         if self.args.should_save:
             torch.save(state, os.path.join(output_dir, "optimizer.pt"))
             torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, "scheduler.pt"))
+
+    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        if not self._by_zero3:
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        self._stepped = [list(group["params"]) for group in self.create_optimizer().param_groups]
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)  # DeepSpeed reads its own format
+        if resume_from_checkpoint is not None:
+            self._load_from_checkpoint(resume_from_checkpoint)
+            self._load_optimizer_and_scheduler(resume_from_checkpoint)
+        return prepared
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None):
         with must_fit(resume_from_checkpoint):
@@ -407,6 +434,9 @@ class AtomicCheckpoints:
                 stack_expert_keys(module, weights, owner, None, False, [], [], problems)
             if problems:
                 raise RuntimeError(listed(problems))
+        if self._by_zero3:
+            self._issue_warnings_after_load(zero3.load_weights(model, weights))
+            return
         here = model.state_dict()
         weights = {name: part(tensor, here[name]) if name in here else tensor for name, tensor in weights.items()}
         self._issue_warnings_after_load(model.load_state_dict(weights, strict=False))
@@ -441,12 +471,15 @@ class AtomicCheckpoints:
             name: torch.load(os.path.join(checkpoint, f"{name}.pt"), map_location="cpu", weights_only=True, mmap=True)
             for name in ("optimizer", "scheduler")
         }
+        self.lr_scheduler.load_state_dict(states["scheduler"])
+        if self._by_zero3:
+            zero3.load_optimizer(self.optimizer.param_groups, self._stepped, states["optimizer"])
+            return
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         for index, state in states["optimizer"]["state"].items():
             for name, value in state.items():
                 state[name] = part(value, parameters[index]) if index < len(parameters) else value
         self.optimizer.load_state_dict(states["optimizer"])
-        self.lr_scheduler.load_state_dict(states["scheduler"])
 
     def _load_rng_state(self, checkpoint: str | None):
         with must_fit(checkpoint):

@@ -107,7 +107,7 @@ def test_two_processes_are_one(file, world, expert, results):
 
 @pytest.mark.parametrize(
     "precision, files",
-    [("fp32", ["single", "fsdp2"]), ("bf16", ["ddp", "fsdp2", "fsdp2_ep"]), ("fp8", ["ddp", "fsdp2"])],
+    [("fp32", ["single", "fsdp2"]), ("bf16", ["ddp", "fsdp2", "fsdp2_ep"]), ("fp8", ["ddp", "fsdp2", "fsdp2_ep"])],
 )
 def test_the_end_of_an_epoch(precision, files, folder, recipe):
     """Steps take the same rows in one process, and in two with two micro-batches each; and what is cast to bf16 or
@@ -128,7 +128,9 @@ def test_the_end_of_an_epoch(precision, files, folder, recipe):
             if precision != "fp32" and one["step"] > 1:  # a rounding may change who is chosen
                 continue
             assert {term: entry[term] for term in TERMS} == pytest.approx({term: one[term] for term in TERMS}, rel=near)
-            assert entry["grad_norm"] == pytest.approx(one["grad_norm"], rel=10 * near)
+            # In FP8 an expert's tokens of both processes share tiles, where one process has them all.
+            tiles = precision == "fp8" and len(others) == 2 and entry is others[-1]
+            assert entry["grad_norm"] == pytest.approx(one["grad_norm"], rel=5e-3 if tiles else 10 * near)
             assert entry["epoch"] == pytest.approx(one["epoch"])
     assert len({entry["loss"] for entry in logs[0]}) == STEPS == len(logs[0])
 

@@ -1,5 +1,5 @@
-"""configuration/accelerate/zero3.yaml, as `accelerate launch` starts it, on two CPUs: step for step the run under DDP,
-and a resume that is the uninterrupted run to the last bit.
+"""configuration/accelerate/zero3.yaml, as `accelerate launch` starts it, on CPUs: step for step the run under DDP, a
+resume that is the uninterrupted run to the last bit, and checkpoints that other layouts go on from.
 
 Needs DeepSpeed (pip install -e '.[zero]'), whose exchange of tensors between CPUs is compiled when it is first used: a
 minute.
@@ -45,11 +45,11 @@ pretrain.main(sys.argv[1:])
 """
 
 
-def run(launch_file: str, recipe, folder, program=("-m", "train.pretrain")) -> subprocess.CompletedProcess:
-    """Two processes of a recipe; what they wrote is in the recipe's output folder."""
+def run(launch_file: str, recipe, folder, program=("-m", "train.pretrain"), world: int = 2):
+    """The processes of a recipe, once they are done; what they wrote is in the recipe's output folder."""
     file = folder / "recipe.yaml"
     file.write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--num_processes", "2"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--num_processes", str(world)]
     command += ["--config_file", f"configuration/accelerate/{launch_file}.yaml"]
     command += [*program, "--config", str(file)]
     variables = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
@@ -79,25 +79,49 @@ def test_what_is_no_number_reaches_no_weight(spoil, message, build, tmp_path):
     assert [path.name for path in sorted((tmp_path / "spoiled").glob("checkpoint-*"))] == ["checkpoint-1"]
 
 
-def test_zero3_is_ddp(build, tmp_path):
-    def result(name: str):
-        log = json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"]
-        return [entry for entry in log if "ce_loss" in entry], load_file(tmp_path / name / "model.safetensors")
+def result(folder):
+    """The log of a run, and its weights."""
+    log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [entry for entry in log if "ce_loss" in entry], load_file(folder / "model.safetensors")
 
+
+def assert_same(expected, found, near: float):
+    """Every logged term, and every weight, of the steps that both have."""
+    for one, two in zip(expected[0], found[0], strict=True):
+        assert {t: two[t] for t in TERMS} == pytest.approx({t: one[t] for t in TERMS}, rel=near)
+        assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=100 * near)
+    assert expected[1].keys() == found[1].keys()
+    assert all((expected[1][name] - found[1][name]).abs().max() <= 10 * near for name in expected[1])
+
+
+def test_zero3_is_ddp_and_each_goes_on_from_the_other(build, tmp_path):
+    """Also from a checkpoint of another number of processes; a resume by itself changes no bit."""
     for file in ("ddp", "zero3"):
         done = run(file, build(file), tmp_path)
         assert done.returncode == 0, done.stderr[-3000:]
-    for resumed, file in (("on", "zero3"), ("elsewhere", "ddp")):
-        shutil.copytree(tmp_path / "zero3" / "checkpoint-2", tmp_path / resumed / "checkpoint-2")
-        done = run(file, build(resumed, resume_from_checkpoint=True), tmp_path)
-        assert (done.returncode == 0) == (file == "zero3"), done.stderr[-3000:]
-    assert "it was written by a run under DeepSpeed" in done.stderr
+    expected, found = result(tmp_path / "ddp"), result(tmp_path / "zero3")
+    assert len(found[0]) == 4
+    assert_same(expected, found, 1e-5)
+    files = [sorted(path.name for path in (tmp_path / name / "checkpoint-2").iterdir()) for name in ("ddp", "zero3")]
+    assert files[0] == files[1]
+    itself = ("zero3", "zero3", 2)
+    for source, file, world in (itself, ("zero3", "single", 1), ("ddp", "zero3", 2), ("zero3", "zero3", 4)):
+        name = f"{file}-{world}-from-{source}"
+        shutil.copytree(tmp_path / source / "checkpoint-2", tmp_path / name / "checkpoint-2")
+        rows = 4 // world
+        recipe = build(name, resume_from_checkpoint=True, per_device_train_batch_size=rows)
+        done = run(file, recipe, tmp_path, world=world)
+        assert done.returncode == 0, done.stderr[-3000:]
+        further = result(tmp_path / name)
+        assert_same(expected, further, 1e-5)
+        assert_same(found, further, 0.0 if (source, file, world) == itself else 1e-5)
 
-    (expected, weights), (found, same), (further, again) = map(result, ("ddp", "zero3", "on"))
-    for one, two, three in zip(expected, found, further, strict=True):
-        assert {t: two[t] for t in TERMS} == pytest.approx({t: one[t] for t in TERMS}, rel=1e-5)
-        assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
-        assert {t: three[t] for t in TERMS} == {t: two[t] for t in TERMS}
-    assert len(found) == 4 and weights.keys() == same.keys()
-    assert all((weights[name] - same[name]).abs().max() < 1e-4 for name in weights)
-    assert all((again[name] == same[name]).all() for name in same)
+
+def test_a_resume_in_bf16_has_the_weights_that_are_stepped(build, tmp_path):
+    """Those are in fp32, and those that multiply in bf16: of a checkpoint in bf16 alone the steps would be others."""
+    done = run("zero3", build("whole", "bf16"), tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "resumed" / "checkpoint-2")
+    done = run("zero3", build("resumed", "bf16", resume_from_checkpoint=True), tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_same(result(tmp_path / "whole"), result(tmp_path / "resumed"), 0.0)
