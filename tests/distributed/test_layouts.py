@@ -123,13 +123,14 @@ def test_the_end_of_an_epoch(precision, files, folder, recipe):
         logs.append(found[0])
     near = 1e-5
     for one, *others in zip(*logs, strict=True):
-        for entry in others:
-            assert entry["loss"] == pytest.approx(one["loss"], rel=1e-3 if precision == "fp32" else 0.02)
+        for file, entry in zip(files[1:], others):
+            # In FP8 an expert's tokens of both processes share tiles there, where one process has them all.
+            tiles = precision == "fp8" and file == "fsdp2_ep"
+            apart = {"fp32": 1e-3}.get(precision, 0.05 if tiles else 0.02)
+            assert entry["loss"] == pytest.approx(one["loss"], rel=apart)
             if precision != "fp32" and one["step"] > 1:  # a rounding may change who is chosen
                 continue
             assert {term: entry[term] for term in TERMS} == pytest.approx({term: one[term] for term in TERMS}, rel=near)
-            # In FP8 an expert's tokens of both processes share tiles, where one process has them all.
-            tiles = precision == "fp8" and len(others) == 2 and entry is others[-1]
             assert entry["grad_norm"] == pytest.approx(one["grad_norm"], rel=5e-3 if tiles else 10 * near)
             assert entry["epoch"] == pytest.approx(one["epoch"])
     assert len({entry["loss"] for entry in logs[0]}) == STEPS == len(logs[0])
