@@ -13,6 +13,7 @@ import argparse
 import datetime
 import json
 import platform
+import shlex
 import subprocess
 import sys
 from itertools import product
@@ -55,6 +56,11 @@ def processor(device: str) -> str:
     info = {name.strip(): value.strip() for name, value in info.items()}
     units = [unit for unit in ("avx512f", "avx512_bf16", "amx_tile") if unit in info.get("flags", "").split()]
     return f"{info.get('model name', platform.processor())} ({', '.join(units)})"
+
+
+def command(benchmark: str) -> str:
+    """The command line as it was given, to be kept with the results."""
+    return shlex.join(["python", "-m", f"benchmarks.{benchmark}", *sys.argv[1:]])
 
 
 def measure(arguments: list[str]) -> dict:

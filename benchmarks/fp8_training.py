@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from benchmarks.collect import processor
+from benchmarks.collect import command, processor
 from benchmarks.sparse_training import finished
 from train import pretrain
 from train.recipe import REPOSITORY, Recipe, load_recipe
@@ -71,7 +71,7 @@ def main():
     runs = {name: run(name, args) for name in RUNS}
     compared = {f"{a} against {b}": compare(runs[a], runs[b], args.steps) for a, b in PAIRS}
     device = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
-    kept = {"command": "python -m benchmarks.fp8_training", "date": datetime.date.today().isoformat()}
+    kept = {"command": command("fp8_training"), "date": datetime.date.today().isoformat()}
     kept |= {"device": processor(device), "steps": args.steps, "batch": args.batch, "threads": args.threads}
     kept |= {"torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()}
     file = args.results / f"{kept['date']}-{device}-fp8_training.json"

@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, LlamaConfig, LlamaForCausalLM, set_seed
 
-from benchmarks.collect import processor
+from benchmarks.collect import command, processor
 from train import pretrain
 from train.checkpointing import STATE
 from train.data import collate, pack
@@ -208,7 +208,7 @@ def main():
         shown = ("max_violation", "max_violation_median", "global_violation")
         violation = "{:.2f} ({:.2f}) {:.2f}".format(*(r[key] for key in shown)) if shown[0] in r else ""
         print(f"{r['racer']:24} {r['seed']:4}  {r['bits_per_byte']:9.3f}  {r['tokens_per_second']:8,.0f}  {violation}")
-    kept = {"command": "python -m benchmarks.learning_race", "date": datetime.date.today().isoformat()}
+    kept = {"command": command("learning_race"), "date": datetime.date.today().isoformat()}
     kept |= {"device": processor("cpu"), "threads": args.threads, "torch": torch.__version__}
     shown = [{key: value for key, value in result.items() if key != "recipe"} for result in results]
     kept |= {"transformers": transformers.__version__, "python": platform.python_version(), "results": shown}

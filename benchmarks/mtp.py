@@ -24,7 +24,7 @@ import torch
 import transformers
 from transformers import AutoTokenizer
 
-from benchmarks.collect import processor
+from benchmarks.collect import command, processor
 from benchmarks.sparse_training import finished
 from modeling_nanodeepseek import NanoDeepSeekForCausalLM
 from train import pretrain
@@ -121,7 +121,7 @@ def main():
     use_threads(args.decode_threads)
     decoding = [measure_decoding(recipe, drafts, args) for recipe in models for drafts in args.drafts]
     device = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
-    kept = {"command": "python -m benchmarks.mtp", "date": datetime.date.today().isoformat()}
+    kept = {"command": command("mtp"), "date": datetime.date.today().isoformat()}
     kept |= {
         "device": processor(device),
         "steps": args.steps,

@@ -32,7 +32,7 @@ from matplotlib.patches import Patch
 from torch import nn
 from torch.distributed.pipelining import PipelineStage
 
-from benchmarks.collect import processor
+from benchmarks.collect import command, processor
 from train.pipelining import SCHEDULES, bubble, stages_of
 from train.recipe import REPOSITORY
 
@@ -199,7 +199,7 @@ def main():
     print(f"{'schedule':12}{'idle, measured':>16}{'by formula':>12}{'span':>8}   (units of {args.unit} s)")
     for row in rows:
         print(f"{row['schedule']:12}{row['measured']:16.2f}{row['formula']:12.2f}{row['span']:8.2f}")
-    kept = {"command": "python -m benchmarks.pipeline", "date": datetime.date.today().isoformat()}
+    kept = {"command": command("pipeline"), "date": datetime.date.today().isoformat()}
     kept |= {"device": processor("cpu"), "ranks": args.ranks, "microbatches": args.microbatches, "unit": args.unit}
     kept |= {"torch": torch.__version__, "python": platform.python_version()}
     file = args.results / f"{kept['date']}-cpu-pipeline.json"

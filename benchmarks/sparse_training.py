@@ -27,7 +27,7 @@ import torch
 import transformers
 from matplotlib import pyplot as plt
 
-from benchmarks.collect import processor
+from benchmarks.collect import command, processor
 from modeling_nanodeepseek import NanoDeepSeekConfig, NanoDeepSeekForCausalLM
 from train import pretrain
 from train.recipe import REPOSITORY, Recipe, load_recipe
@@ -141,7 +141,7 @@ def main():
         "bits_per_byte": bits,
         "sparse_over_control": bits["sparse"] / bits["control"],
     }
-    kept = {"command": "python -m benchmarks.sparse_training", "date": datetime.date.today().isoformat()}
+    kept = {"command": command("sparse_training"), "date": datetime.date.today().isoformat()}
     kept |= {"device": processor(device), "threads": args.threads, "share": args.share}
     kept |= {"torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()}
     file = args.results / f"{kept['date']}-{device}-sparse_training.json"

@@ -22,6 +22,7 @@ from .accounting import cache_bytes, count_parameters
 from .fp8 import precision_of
 from .optimizers import parameter_groups
 from .recipe import FinetuneRecipe, Recipe, ScheduleSection, resolve
+from .steps import rows_per_step
 
 # Names by which `datasets` reads files of one's own: no data sets of the Hub.
 FILE_READERS = {"arrow", "audiofolder", "csv", "imagefolder", "json", "pandas", "parquet", "sql", "text", "webdataset"}
@@ -263,7 +264,7 @@ def origin(recipe: Recipe) -> str:
 
 
 def pretrained(trainer: Trainer, name: str) -> Kind:
-    recipe, steps, plan, rows = trainer.recipe, trainer.state.global_step, trainer.plan, rows_per_step(trainer)
+    recipe, steps, plan, rows = trainer.recipe, trainer.state.global_step, trainer.plan, rows_per_step(trainer.args)
     length = recipe.data.sequence_length
     rows_seen = steps * rows if plan is None else plan.rows[min(steps, len(plan.rows) - 1)]
     up_to = "" if rows_seen == steps * rows else "up to "
@@ -280,7 +281,7 @@ def pretrained(trainer: Trainer, name: str) -> Kind:
 
 
 def finetuned(trainer: Trainer, name: str) -> Kind:
-    recipe, steps, rows = trainer.recipe, trainer.state.global_step, rows_per_step(trainer)
+    recipe, steps, rows = trainer.recipe, trainer.state.global_step, rows_per_step(trainer.args)
     length = f"at most {recipe.data.sequence_length:,} tokens"
     seen = {
         "rows seen": f"{steps * rows:,}: {steps:,} steps of {rows}, of {length}",
@@ -326,11 +327,6 @@ def architecture(config: NanoDeepSeekConfig) -> str:
     parts += ["lightning indexer"] if config.has_indexer else []
     parts += ["multi-token prediction"] if config.num_nextn_predict_layers else []
     return f"DeepSeek's architecture ({', '.join(parts)})"
-
-
-def rows_per_step(trainer: Trainer) -> int:
-    args = trainer.args
-    return args.train_batch_size * args.gradient_accumulation_steps * args.world_size
 
 
 def data_rows(trainer: Trainer, kind: Kind) -> dict[str, str]:

@@ -30,8 +30,9 @@ from modeling_nanodeepseek.stacking import (
 
 from . import zero3
 from .faults import disk_is_full
-from .fingerprint import differences, fingerprint
+from .fingerprint import differences, fingerprint, order, reordered
 from .sharding import gathered, part
+from .streams import RowStream
 
 STATE = "trainer_state.json"
 STAGE = "_saving"  # transformers uploads no folder that starts with an underscore
@@ -48,6 +49,7 @@ NAMES = {
     SHARDED: "a run under FSDP with SHARDED_STATE_DICT",
     DEEPSPEED: "a run under DeepSpeed",
 }
+SAMPLED = ("random", "sequential")  # strategies whose order a resume finds again
 FROM_WEIGHTS = "to start a new run from its weights give it as model.checkpoint"
 
 
@@ -286,10 +288,12 @@ class AtomicCheckpoints:
         """As in Trainer; True is the last complete checkpoint of the output folder, or none if there is none.
 
         Raises: CheckpointError if the checkpoint, or with True every one, is damaged or of another model, or if it was
-            trained on other rows than this run's.
+            trained on other rows than this run's, or in another order.
         """
         # Before the data is read: a stream is in one place at a time.
         self._fingerprint = fingerprint(self.train_dataset, self.args.seed)
+        if self._fingerprint is not None:
+            self._fingerprint |= order(self.train_dataset, self.args)
         run = Path(self.args.output_dir)
         if self.args.should_save:
             settle(run)
@@ -352,13 +356,23 @@ class AtomicCheckpoints:
         ]
 
     def _other_data(self, checkpoint: Path) -> list[str]:
-        """A warning where it is not known what a checkpoint was trained on. Raises: CheckpointError for other data."""
+        """A warning where it is not known what a checkpoint was trained on.
+
+        Raises: CheckpointError for other data, another order, and an order that no resume finds again.
+        """
+        strategy = getattr(self.args, "train_sampling_strategy", "random")
+        if strategy not in SAMPLED and not isinstance(self.train_dataset, RowStream):
+            raise CheckpointError(
+                f"{str(checkpoint)!r} cannot be resumed with trainer.train_sampling_strategy={strategy!r}, whose order "
+                f"is drawn anew by each start: only {' and '.join(SAMPLED)} ones are known again; {FROM_WEIGHTS}"
+            )
         if self._fingerprint is None:
             return []
         if not (checkpoint / DATA).is_file():
             return [f"{str(checkpoint)!r} has no {DATA}: whether it was trained on this data is not known"]
         try:
-            found = differences(json.loads((checkpoint / DATA).read_text()), self._fingerprint)
+            before = json.loads((checkpoint / DATA).read_text())
+            found, moved = (compare(before, self._fingerprint) for compare in (differences, reordered))
         except (ValueError, AttributeError) as error:
             raise CheckpointError(f"{str(checkpoint / DATA)!r} is damaged: {error}") from error
         if found:
@@ -366,6 +380,12 @@ class AtomicCheckpoints:
                 f"{str(checkpoint)!r} was not trained on this data: {listed(found)}. A resume goes on with the same "
                 "rows in the same order: give it the data, and the recipe's data section, that it had; to train on "
                 "this data start anew into another output_dir, or there from its weights (model.checkpoint)"
+            )
+        if moved:
+            raise CheckpointError(
+                f"{str(checkpoint)!r} took its rows in another order than this run would: {listed(moved)}. A resume "
+                "goes on with the same rows in the same order: give these fields the values that they had; to change "
+                "them start anew into another output_dir, or there from its weights (model.checkpoint)"
             )
         return []
 

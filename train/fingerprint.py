@@ -1,4 +1,4 @@
-"""What a run trains on, in a few numbers: a resume on other rows would go on with other data in another order."""
+"""What a run trains on, and in which order, in a few numbers: a resume goes on with the same rows in the same order."""
 
 import hashlib
 import json
@@ -8,11 +8,19 @@ from typing import Any
 
 import numpy
 from datasets import Dataset
+from transformers import TrainingArguments
 
+from .steps import rows_per_step
 from .streams import RepeatedRows, StreamedRows
 
 BATCH = 1000  # rows that are hashed at a time
 COLUMNS = ("input_ids", "labels")
+# What decides on the order of rows, with the recipe's fields for it. Checkpoints from before this was kept lack it.
+ORDER = {
+    "rows per step": "trainer.per_device_train_batch_size x trainer.gradient_accumulation_steps x processes",
+    "data seed": "trainer.data_seed, or else trainer.seed",
+    "order": "schedule.batch_ramp, trainer.train_sampling_strategy",
+}
 
 
 def fingerprint(rows: Any, seed: int) -> dict[str, int | str] | None:
@@ -34,6 +42,16 @@ def fingerprint(rows: Any, seed: int) -> dict[str, int | str] | None:
             tokens.update(lengths.astype("<i8").tobytes())
             tokens.update(column.flatten().to_numpy(zero_copy_only=False).astype("<i8", copy=False).tobytes())
     return {"rows": len(rows), "sequence length": longest, "tokens' hash": _short(tokens), "seed": seed}
+
+
+def order(rows: Any, args: TrainingArguments) -> dict[str, int | str]:
+    """The entries of `ORDER`. Another number of processes takes the rows in the same order, as long as a step has as
+    many of them; so do other micro-batches."""
+    streams = {StreamedRows: "of a stream", RepeatedRows: "of a batch_ramp"}
+    kind = streams.get(type(rows)) or getattr(args, "train_sampling_strategy", "random")
+    found = {"rows per step": rows_per_step(args), "order": kind}
+    # A stream has its order from the seed alone.
+    return found | ({"data seed": args.seed if args.data_seed is None else args.data_seed} if kind == "random" else {})
 
 
 def _of_stream(stream: StreamedRows) -> dict[str, int | str]:
@@ -69,11 +87,20 @@ def _of_files(source: Any) -> dict[str, int | str]:
 
 
 def differences(before: dict[str, int | str], now: dict[str, int | str]) -> list[str]:
-    """What is not the same in two fingerprints, in words."""
+    """What is not the same in two fingerprints, in words, but for the order."""
     return [
         f"{name} {before.get(name, 'unknown')} then and {now.get(name, 'unknown')} now"
         for name in {**before, **now}
-        if before.get(name) != now.get(name)
+        if name not in ORDER and before.get(name) != now.get(name)
+    ]
+
+
+def reordered(before: dict[str, int | str], now: dict[str, int | str]) -> list[str]:
+    """What is not the same in their `ORDER`, in words, with the fields; an entry that one lacks is not known."""
+    return [
+        f"{name} {before[name]} then and {now[name]} now ({fields})"
+        for name, fields in ORDER.items()
+        if name in before and name in now and before[name] != now[name]
     ]
 
 

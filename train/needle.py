@@ -109,14 +109,17 @@ def main(argv: list[str] | None = None):
     args = parser.parse_args(argv)
     if args.count < 1 or not all(0 <= depth <= 1 for depth in args.depths):
         parser.error("--count is at least 1, and --depths lie in 0..1")
+    output = Path(args.output) if args.output else None
+    if output is not None and (not output.parent.is_dir() or output.is_dir()):
+        sys.exit(f"error: --output {args.output!r} cannot be written: it must be a file in an existing folder")
     try:
         folder = folder_or_name(args.model, "--model")
         report = needle(folder, args.lengths, args.depths, args.count, args.seed, args.beyond)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     print(table(report))
-    if args.output:
-        Path(args.output).write_text(json.dumps(report, indent=1) + "\n")
+    if output is not None:
+        output.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -48,6 +48,8 @@ HONOURED = {
     "torch_empty_cache_steps": ((None,), "memory is kept"),
     "include_num_input_tokens_seen": (("no",), "a log has the tokens per second"),
     "enable_jit_checkpoint": ((False,), "a pipeline has no checkpoint to go on from"),
+    "save_on_each_node": ((False,), "the first process saves the whole model"),
+    "debug": (([],), "stages are not watched"),
 }
 
 
@@ -69,9 +71,12 @@ def check(recipe: Recipe, args: TrainingArguments):
         raise ValueError(f"parallel.expert={recipe.parallel.expert} is not possible in a pipeline: leave it out")
     if trains_in_fp8(recipe.precision):
         raise ValueError("precision='fp8' is not possible in a pipeline: use bf16, fp32 or auto")
-    sharded = [name for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED") if os.environ.get(name) == "true"]
+    sharded = [
+        f"{name}=true" for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED") if os.environ.get(name) == "true"
+    ]
+    sharded += [f"trainer.{name}" for name in ("fsdp", "deepspeed") if getattr(args, name)]
     if sharded:
-        raise ValueError(f"a pipeline is combined with no sharding ({sharded[0]}=true): start it by torchrun")
+        raise ValueError(f"a pipeline is combined with no sharding ({sharded[0]}): start it by torchrun")
     if not dist.is_initialized() or dist.get_world_size() < 2:
         raise ValueError("a pipeline runs in several processes: torchrun --nproc_per_node 2 -m train.pipeline ...")
 

@@ -147,8 +147,8 @@ def plan(args: argparse.Namespace) -> dict:
     """
     config = load_config(args.model)
     limit = config.max_position_embeddings
-    args.sequence = args.sequence or min(4096, limit)
-    args.context = args.context or limit
+    args.sequence = min(4096, limit) if args.sequence is None else args.sequence
+    args.context = limit if args.context is None else args.context
     for name in ("sequence", "context"):
         if not 1 <= getattr(args, name) <= config.position_limit:
             raise ValueError(f"--{name} {getattr(args, name)} must lie in 1..{limit}, the model's positions")
@@ -168,7 +168,7 @@ def plan(args: argparse.Namespace) -> dict:
         raise ValueError(
             f"--precision {args.precision}: {device.name} has no peak for it, but {', '.join(device.flops)}"
         )
-    args.utilisation = args.utilisation or UTILISATION[args.precision]
+    args.utilisation = UTILISATION[args.precision] if args.utilisation is None else args.utilisation
     if not 0 < args.utilisation <= 1:
         raise ValueError(f"--utilisation {args.utilisation:g} must lie in (0, 1]")
     counts = parameters(config)

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import torch
 import transformers
-from accelerate import PartialState
+from accelerate.utils import is_deepspeed_available, parse_flag_from_env
 from transformers import TrainingArguments, pipeline, set_seed
+from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
 
 from modeling_nanodeepseek import NanoDeepSeekConfig, NanoDeepSeekForCausalLM
 from modeling_nanodeepseek.saving import replacing
@@ -43,6 +44,7 @@ def training_arguments(recipe: Recipe, kind: type[TrainingArguments] = TrainingA
     """The recipe's settings for a Trainer; `more` are defaults of another kind of it."""
     if Path(recipe.output_dir).exists() and not Path(recipe.output_dir).is_dir():
         raise ValueError(f"output_dir {recipe.output_dir!r} is a file; a folder is needed")
+    check_deepspeed(recipe)
     on_cpu = recipe.trainer.get("use_cpu", False) or not torch.accelerator.is_available()
     device = torch.device("cpu") if on_cpu else torch.accelerator.current_accelerator()
     fp8 = trains_in_fp8(recipe.precision)
@@ -60,7 +62,36 @@ def training_arguments(recipe: Recipe, kind: type[TrainingArguments] = TrainingA
             f"{args.n_gpu} GPUs in one process would share it by nn.DataParallel, which loses the experts' load: start "
             "one for each (accelerate launch --multi_gpu), or set CUDA_VISIBLE_DEVICES to one"
         )
+    started = int(os.environ.get("WORLD_SIZE", 1))
+    if started > args.world_size:
+        raise ValueError(
+            f"{started} processes were started (WORLD_SIZE), and each would train alone, with "
+            f"trainer.use_cpu={args.use_cpu} and no GPU for each: for processes on CPUs set trainer.use_cpu=true"
+        )
+    check_trackers(args.report_to)
     return args
+
+
+def check_deepspeed(recipe: Recipe):
+    """Raises ValueError where it is asked for and not installed. (`accelerate launch` finds that out by itself, before
+    this program starts.)"""
+    by_launch_file = parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
+    if (by_launch_file or recipe.trainer.get("deepspeed")) and not is_deepspeed_available():
+        asking = "the launch file (ACCELERATE_USE_DEEPSPEED)" if by_launch_file else "trainer.deepspeed"
+        raise ValueError(f"{asking} asks for DeepSpeed, which is not installed: pip install -e '.[zero]'")
+
+
+def check_trackers(names: list[str]):
+    """Raises ValueError for one that Trainer does not know or that is not installed: it would find that out when all
+    data is read and packed. Those that are there are not started."""
+    there = get_available_reporting_integrations()
+    for name in [name for name in names if name not in there]:
+        try:
+            for tracker in get_reporting_integration_callbacks([name]):
+                tracker()
+        except (RuntimeError, ImportError, ValueError) as error:
+            told = " ".join(str(error).split())
+            raise ValueError(f"trainer.report_to={names} is not possible: {told}") from error
 
 
 def load_data(recipe: Recipe):
@@ -363,7 +394,8 @@ def launch(run: Callable[[Recipe], dict[str, float]], recipe: Recipe):
         sys.stdout.flush()
         os._exit(1)  # a group whose others are gone may wait for them
     finally:
-        PartialState().destroy_process_group()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
     if message is not None:
         ended = SystemExit(message)
         ended.code = 1  # else it would be written again

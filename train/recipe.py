@@ -33,7 +33,30 @@ AT_LEAST_ONE = {
     "save_steps",
 }
 
-# Of some of them only one value trains what the recipe says; the reason why.
+# Fields of TrainingArguments that a recipe has its own for: Trainer's optimizer and schedule are not used.
+OURS = {
+    "output_dir": "output_dir",
+    "bf16": "precision",
+    "fp16": "precision",
+    "bf16_full_eval": "precision",
+    "fp16_full_eval": "precision",
+    "optim": "optimizer.name",
+    "optim_args": "optimizer",
+    "optim_target_modules": "optimizer",
+    "learning_rate": "optimizer.matrix_lr",
+    "weight_decay": "optimizer.weight_decay",
+    "adam_beta1": "optimizer.betas",
+    "adam_beta2": "optimizer.betas",
+    "adam_epsilon": "optimizer.eps",
+    "lr_scheduler_type": "schedule",
+    "lr_scheduler_kwargs": "schedule",
+    "warmup_steps": "schedule.warmup_steps",
+    "warmup_ratio": "schedule.warmup",
+}
+
+# Of some of them only one value is honoured, or trains what the recipe says; the reason why.
+NO_PREDICTIONS = "an evaluation adds up its losses batch by batch, and keeps no predictions"
+NO_LIGER = "Liger has no kernels for this model"
 ONLY = {
     "label_smoothing_factor": (
         0.0,
@@ -44,6 +67,28 @@ ONLY = {
         True,
         "each loss term is a share of the mean over the tokens of all processes, and they would not add up to it",
     ),
+    "auto_find_batch_size": (False, "what is logged, planned and kept for a resume goes by steps of one size"),
+    "ignore_data_skip": (False, "a resume goes on with the rows that come next, and skipping takes no time"),
+    "dataloader_in_order": (True, "a resume skips the rows that come first, and these would be others"),
+    "label_names": (["labels"], "that is what the targets in the rows are called"),
+    "use_liger_kernel": (False, NO_LIGER),
+    "liger_kernel_config": (None, NO_LIGER),
+    "eval_accumulation_steps": (None, NO_PREDICTIONS),
+    "eval_do_concat_batches": (True, NO_PREDICTIONS),
+    "eval_use_gather_object": (False, NO_PREDICTIONS),
+    "include_for_metrics": ([], NO_PREDICTIONS),
+    "batch_eval_metrics": (False, NO_PREDICTIONS),
+    "do_train": (True, "a recipe trains; train.evaluate evaluates a checkpoint alone"),
+    "do_eval": (True, "a run ends with an evaluation"),
+    "do_predict": (False, "train.generate writes"),
+    "local_rank": (-1, "the launcher numbers the processes, in their environment"),
+}
+
+# The same of accelerator_config.
+ONLY_OF_ACCELERATOR = {
+    "split_batches": (False, "per_device_train_batch_size is of one process; make it smaller"),
+    "even_batches": (True, "processes with fewer batches than others would leave those waiting"),
+    "use_seedable_sampler": (True, "no resume could find the order of the rows again"),
 }
 
 
@@ -317,17 +362,11 @@ class Recipe(Section):
     @model_validator(mode="after")
     def known_training_arguments(self):
         known = set(inspect.signature(TrainingArguments).parameters)
-        ours = {"output_dir": "output_dir", "bf16": "precision", "fp16": "precision", "optim": "optimizer.name"}
-        ours |= {
-            "learning_rate": "optimizer.matrix_lr",
-            "lr_scheduler_type": "schedule",
-            "warmup_steps": "schedule.warmup_steps",
-        }
         for key, value in self.trainer.items():
             if key.endswith("_strategy") and value is False:
                 self.trainer[key] = "no"  # what YAML 1.1 makes of an unquoted no
-            if key in ours:
-                raise ValueError(f"trainer.{key} is set by the recipe's field {ours[key]}")
+            if key in OURS:
+                raise ValueError(f"trainer.{key} is set by the recipe's field {OURS[key]}")
             if key not in known:
                 close = difflib.get_close_matches(key, known, n=1)
                 hint = f"; did you mean {close[0]!r}?" if close else ""
@@ -343,6 +382,16 @@ class Recipe(Section):
             raise ValueError(f"{reason} needs trainer.max_steps: a stream of sequences has no epochs")
         if streams and self.trainer.get("dataloader_num_workers", 0):
             raise ValueError(f"{reason} reads in the training process: trainer.dataloader_num_workers must be 0")
+        if streams and self.trainer.get("data_seed") is not None:
+            raise ValueError(
+                f"trainer.data_seed={self.trainer['data_seed']} is not honoured with {reason}, whose order is by "
+                "trainer.seed: leave it out"
+            )
+        if streams and self.trainer.get("train_sampling_strategy", "random") != "random":
+            raise ValueError(
+                f"trainer.train_sampling_strategy={self.trainer['train_sampling_strategy']!r} is not honoured with "
+                f"{reason}, which has an order of its own: leave it out"
+            )
         return self
 
     @staticmethod
@@ -359,9 +408,15 @@ class Recipe(Section):
         numeric = isinstance(value, (int, float)) and not isinstance(value, bool)
         if key in AT_LEAST_ONE and numeric and value <= 0:
             raise ValueError(f"trainer.{key}={value!r} is not possible: it must be above 0")
-        if key in ONLY and value != ONLY[key][0]:
-            only, reason = ONLY[key]
-            raise ValueError(f"trainer.{key}={value!r} is not possible, only {only!r}: {reason}")
+        given = [(ONLY, f"trainer.{key}", key, value)]
+        if key == "accelerator_config" and value is not None:
+            if isinstance(value, str):
+                raise ValueError(f"trainer.{key}={value!r} is not possible: give the fields themselves, no file")
+            given += [(ONLY_OF_ACCELERATOR, f"trainer.{key}.{name}", name, part) for name, part in value.items()]
+        for table, field, name, found in given:
+            if name in table and found != table[name][0]:
+                only, reason = table[name]
+                raise ValueError(f"{field}={found!r} is not possible, only {only!r}: {reason}")
         if key == "max_steps" and numeric and (value < -1 or value == 0):
             raise ValueError(
                 f"trainer.max_steps={value!r} is not possible: at least 1, or -1 to go by num_train_epochs"

@@ -69,13 +69,17 @@ def read_run(folder: Path) -> Run:
     if not states:
         raise ValueError(f"{str(folder)!r} is no folder of a run: it has neither {STATE} nor a checkpoint with one")
 
-    def read(file: Path) -> dict:
+    def read(file: Path, *keys: str) -> dict:
         try:
-            return json.loads(file.read_text()) if file.is_file() else {}
-        except json.JSONDecodeError as error:
+            values = json.loads(file.read_text()) if file.is_file() else {}
+        except ValueError as error:
             raise ValueError(f"{str(file)!r} is damaged: {error}") from error
+        absent = [key for key in keys if key not in values] if isinstance(values, dict) else ["fields"]
+        if absent:
+            raise ValueError(f"{str(file)!r} is damaged: it has no {', '.join(absent)}")
+        return values
 
-    state = read(states[0])
+    state = read(states[0], "global_step", "log_history")
     load = [entry for entry in read_expert_load(folder) if entry["step"] <= state["global_step"]]
     summary, metrics = read(folder / SUMMARY), read(folder / METRICS)
     return Run(folder.absolute().name, state["log_history"], load, metrics, summary)

@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 
 import torch
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
 from modeling_nanodeepseek.stacking import CheckpointError
 
@@ -13,6 +13,11 @@ from .recipe import BatchRampSection
 from .streams import RowStream
 
 POSITION = "data_position.json"
+
+
+def rows_per_step(args: TrainingArguments) -> int:
+    """Of a whole step, over all processes and micro-batches."""
+    return args.train_batch_size * args.gradient_accumulation_steps * args.world_size
 
 
 def filled(rows: int, step: int) -> int:
@@ -120,10 +125,17 @@ class StreamedSteps:
             Path(output_dir, POSITION).write_text(json.dumps(position))
 
     def _load_rng_state(self, checkpoint: str | None):
-        if self.plan is None or checkpoint is None:
+        if checkpoint is None:
+            return super()._load_rng_state(checkpoint)
+        file = Path(checkpoint, POSITION)
+        if self.plan is None:
+            if file.is_file():
+                raise CheckpointError(
+                    f"{checkpoint!r} has a {POSITION}: its run streamed its data or had a schedule.batch_ramp, and "
+                    "this one does neither; a resume needs what it had"
+                )
             return super()._load_rng_state(checkpoint)
         self._resumed = checkpoint
-        file = Path(checkpoint, POSITION)
         if not file.is_file():
             raise CheckpointError(
                 f"{checkpoint!r} has no {POSITION}: its run did not stream its data, as this one does"

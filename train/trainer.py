@@ -9,9 +9,10 @@ from pathlib import Path
 
 import torch
 from torch.nn import functional as F
-from torch.utils.data import RandomSampler
+from torch.utils.data import RandomSampler, SequentialSampler
+from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback
-from transformers.trainer_callback import ExportableState, ProgressCallback
+from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback
 from transformers.trainer_utils import IntervalStrategy
 
 from modeling_nanodeepseek import LoadBalancingCallback
@@ -30,7 +31,7 @@ from .hardware import matmul_peak, sum_dtype
 from .optimizers import build_optimizer
 from .parallel import settle_fsdp2, shard_on_cpu
 from .recipe import MtpSection, Recipe, ScheduleSection
-from .steps import StreamedSteps, filled
+from .steps import StreamedSteps, filled, rows_per_step
 
 
 def lr_factor(progress: float, schedule: ScheduleSection) -> float:
@@ -106,7 +107,7 @@ class Clock(TrainerCallback, ExportableState):
 
 
 class LineCallback(ProgressCallback):
-    """transformers' progress bars, and each log entry as one dense line above them."""
+    """transformers' progress bars (none with `disable_tqdm`), and each log entry as one dense line above them."""
 
     FORMATS = {
         "loss": "loss {:.4f}",
@@ -127,6 +128,15 @@ class LineCallback(ProgressCallback):
         "eval_index_recall": "index recall {:.4f}",
         "eval_mtp_accuracy_1": "second token {:.1%}",
     }
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if not args.disable_tqdm:
+            return super().on_train_begin(args, state, control, **kwargs)
+        self.training_bar, self.current_step = tqdm(disable=True), 0
+
+    def on_prediction_step(self, args, state, control, **kwargs):
+        if not args.disable_tqdm:
+            super().on_prediction_step(args, state, control, **kwargs)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero:
@@ -170,7 +180,8 @@ class NanoDeepSeekTrainer(StreamedSteps, AtomicCheckpoints, Trainer):
         balance = recipe.balance
         self.balancing = LoadBalancingCallback(lambda done: balance.step(self.progress(done)), balance.centre)
         self.load_log = ExpertLoadLog(self.balancing, self.model)
-        self.remove_callback(ProgressCallback)
+        for callback in (ProgressCallback, PrinterCallback):
+            self.remove_callback(callback)
         for callback in (Clock(recipe.schedule.max_seconds), self.balancing, self.load_log, LineCallback()):
             self.add_callback(callback)
         if recipe.mtp is not None:
@@ -210,16 +221,15 @@ class NanoDeepSeekTrainer(StreamedSteps, AtomicCheckpoints, Trainer):
         share = share_of_steps if self.plan is None else self.plan.share(share_of_steps)
         return max(share, self.clock.spent / limit if limit else 0.0)
 
-    @property
-    def rows_per_step(self) -> int:
-        return self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-
     def _get_train_sampler(self, train_dataset=None):
         sampler = super()._get_train_sampler(train_dataset)
-        if type(sampler) is not RandomSampler:
+        if type(sampler) not in (RandomSampler, SequentialSampler):
             return sampler
         rows = sampler.data_source
-        return RandomSampler(rows, num_samples=filled(len(rows), self.rows_per_step), generator=sampler.generator)
+        count = filled(len(rows), rows_per_step(self.args))
+        if type(sampler) is SequentialSampler:
+            return [index % len(rows) for index in range(count)]
+        return RandomSampler(rows, num_samples=count, generator=sampler.generator)
 
     def create_optimizer(self, model=None):
         if self.is_deepspeed_enabled and self.recipe.optimizer.name == "muon":

@@ -86,7 +86,7 @@ def train_on_thirteen(recipe: Recipe) -> list[dict]:
     """The log of a run on 13 of the rows, mixed: two of its steps take rows that are left over, and rows again."""
     trainer = pretrain.build_trainer(recipe, pretrain.training_arguments(recipe))
     trainer.train_dataset = rows().select(range(0, 26, 2))
-    trainer.train()
+    trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     return [entry for entry in trainer.state.log_history if "ce_loss" in entry]
 
 

@@ -151,6 +151,23 @@ def test_a_checkpoint_of_one_layout_goes_on_in_another(source, file, world, expe
     assert_same(shared, alone)
 
 
+def test_a_resume_within_an_epoch_takes_the_same_rows(folder, recipe):
+    """Within the second, mixed anew: 8 rows at once, then 4 of each process, and 2 twice."""
+    logs = {}
+    for name, file, world, parts in (("one", "single", 1, 1), ("two", "ddp", 2, 1), ("parts", "ddp", 2, 2)):
+        resume = None if name == "one" else str(folder / "middle-one" / "checkpoint-3")
+        sizes = {"per_device_train_batch_size": ROWS // world // parts, "gradient_accumulation_steps": parts}
+        settings = recipe(f"middle-{name}", world, **sizes, save_steps=3, resume_from_checkpoint=resume)
+        found, errors = launch(file, world, folder / "results" / f"middle-{name}", train_on_thirteen, settings)
+        assert not errors, "\n".join(errors.values())
+        logs[name] = found[0][-1]
+    for log in logs.values():
+        assert log["step"] == STEPS and log["epoch"] == 2
+        assert {term: log[term] for term in TERMS} == pytest.approx(
+            {term: logs["one"][term] for term in TERMS}, rel=1e-5
+        )
+
+
 def test_a_killed_process_stops_the_others(folder, recipe, results):
     """With a message, and at once; from the checkpoint before, the run ends as it would have."""
     (alone,) = results("single")

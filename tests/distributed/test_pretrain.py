@@ -9,6 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 import yaml
 
 from tests.distributed import launching
@@ -48,6 +49,22 @@ STREAMED = {  # whose batch grows from 8 rows to 16
     "data": {"streaming": True, "validation_documents": 5, "fim_rate": 0.2},
     "schedule": {"kind": "v3", "batch_ramp": {"start": 8, "tokens": 600}},
 }
+
+
+def start(recipe):
+    pretrain.launch(pretrain.run, recipe)
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="two processes on GPUs find each other")
+def test_processes_that_would_train_alone(tiny_recipe, tmp_path):
+    """Each the whole run, into one folder."""
+    recipe = tiny_recipe(trainer={"use_cpu": False}, data={"source": str(tmp_path / "nowhere")})
+    _, errors = launching.launch("ddp", 2, tmp_path / "log", start, recipe)
+    assert set(errors) == {0, 1} and errors[0] == errors[1]
+    assert errors[0].startswith(
+        "error: 2 processes were started (WORLD_SIZE), and each would train alone, with trainer"
+    )
+    assert "trainer.use_cpu=False" in errors[0] and "set trainer.use_cpu=true" in errors[0] and "\n" not in errors[0]
 
 
 @pytest.mark.parametrize("learns", TERMS)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, Trainer, TrainingArguments, modeling_utils
 
@@ -28,6 +29,7 @@ from train.checkpointing import (
     checkpoints,
     last_good_checkpoint,
 )
+from train.fingerprint import ORDER
 
 STEPS = 8
 # Noise in the router, so that the generators' states matter; two shards, two kinds of optimizer, a moving schedule.
@@ -345,6 +347,81 @@ def test_a_resume_on_other_data_is_one_clear_error(whole, recipe, tmp_path, corp
     pretrain.run(recipe())
     assert "training_data.json: whether it was trained on this data is not known" in capsys.readouterr().out
     assert_same_run(tmp_path / "run", whole)
+
+
+ORDERS = {  # what is changed in the recipe, words of the message
+    "accumulation": (
+        "trainer.gradient_accumulation_steps=4",
+        "order than this run would: rows per step 4 then and 8 now",
+    ),
+    "batch": (
+        "trainer.per_device_train_batch_size=1",
+        "rows per step 4 then and 2 now (trainer.per_device_train_batch",
+    ),
+    "seed": ("trainer.data_seed=6", "data seed 3 then and 6 now (trainer.data_seed, or else trainer.seed)"),
+    "ramp": (
+        "schedule.batch_ramp={start: 2, tokens: 1e3}",
+        "order random then and of a batch_ramp now (schedule.batch",
+    ),
+    "strategy": ("trainer.train_sampling_strategy=sequential", "order random then and sequential now"),
+    "drawn": (
+        "trainer.train_sampling_strategy=group_by_length",
+        "'group_by_length', whose order is drawn anew by each",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ORDERS)
+def test_a_resume_in_another_order_is_one_clear_error(case, whole, recipe, tmp_path):
+    shutil.copytree(whole / "checkpoint-6", tmp_path / "run" / "checkpoint-6")
+    change, words = ORDERS[case]
+    with pytest.raises(SystemExit) as caught:
+        pretrain.main([*command(recipe(), tmp_path), change])
+    message = str(caught.value)
+    assert message.startswith("error: ") and "checkpoint-6' " in message and words in message, message
+    assert "model.checkpoint" in message and "\n" not in message
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoint-6"]
+
+
+def test_a_checkpoint_that_does_not_say_in_which_order(whole, recipe, tmp_path):
+    """Of a run from before that was kept."""
+    checkpoint = tmp_path / "run" / "checkpoint-6"
+    shutil.copytree(whole / "checkpoint-6", checkpoint)
+    kept = json.loads((checkpoint / "training_data.json").read_text())
+    assert [kept.pop(name) for name in ORDER] == [4, 3, "random"]
+    (checkpoint / "training_data.json").write_text(json.dumps(kept))
+    pretrain.run(recipe())
+    assert_same_run(tmp_path / "run", whole)
+
+
+@pytest.mark.parametrize("strategy", ["random", "sequential"])
+def test_other_micro_batches_go_on_with_the_same_rows(strategy, recipe, tmp_path):
+    """4 x 1 rows, then 1 x 4: from the middle of the second epoch, whose last step takes rows a second time."""
+    ids = [[10 + row] * 32 for row in range(14)]
+    places = {"attention_mask": [[1] * 32] * 14, "position_ids": [list(range(32))] * 14}
+
+    def steps(folder: str, batch: int, accumulation: int, resume: str | None = None) -> dict[int, list[int]]:
+        sizes = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
+        given = recipe(folder, train_sampling_strategy=strategy, **sizes)
+        trainer = pretrain.build_trainer(given, pretrain.training_arguments(given))
+        trainer.train_dataset = Dataset.from_dict({"input_ids": ids} | places).with_format("torch")
+        step, seen = trainer.training_step, {}
+
+        def training_step(model, inputs, *args):
+            seen.setdefault(trainer.state.global_step, []).extend((inputs["input_ids"][:, 0] - 10).tolist())
+            return step(model, inputs, *args)
+
+        trainer.training_step = training_step
+        trainer.train(resume_from_checkpoint=resume)
+        return seen
+
+    one = steps("one", 4, 1)
+    two = steps("two", 1, 4, str(tmp_path / "one" / "checkpoint-6"))
+    assert list(two) == [6, 7] and two == {step: one[step] for step in two}
+    assert [len(rows) for rows in one.values()] == [4] * STEPS
+    for epoch in (0, 4):
+        rows = [row for step in range(epoch, epoch + 4) for row in one[step]]
+        assert set(rows) == set(range(14)) and len(rows) == 16
 
 
 class Evil:

@@ -4,10 +4,11 @@ import shutil
 
 import pytest
 from datasets import Dataset, concatenate_datasets
+from transformers import TrainingArguments
 
 from tests.small_run import small_tokenizer, text
 from train.data import Packer
-from train.fingerprint import differences, fingerprint
+from train.fingerprint import differences, fingerprint, order, reordered
 from train.streams import RepeatedRows, StreamedRows, stream_documents
 
 ROWS = [[1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11, 12]]
@@ -46,6 +47,29 @@ def test_other_labels_and_seed():
     first, second = (fingerprint(rows(labels=labels), 3) for labels in (ROWS, masked))
     assert [found.split()[0] for found in differences(first, second)] == ["tokens'"]
     assert differences(fingerprint(rows(), 3), fingerprint(rows(), 4)) == ["seed 3 then and 4 now"]
+
+
+def test_the_order():
+    """It goes by the rows of a whole step, however they are split, and by the seed in force; each change is named with
+    its fields, and what an earlier checkpoint does not say is not held against it."""
+
+    def of(data=None, batch=4, accumulation=1, **settings):
+        sizes = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
+        return order(rows() if data is None else data, TrainingArguments("x", use_cpu=True, **sizes | settings))
+
+    whole = of(seed=3)
+    assert whole == {"rows per step": 4, "order": "random", "data seed": 3}
+    assert of(batch=1, accumulation=4, seed=3) == of(batch=2, accumulation=2, seed=9, data_seed=3) == whole
+    ramp = RepeatedRows(rows(), 3)
+    for changed, words in (
+        (of(accumulation=2, seed=3), "rows per step 4 then and 8 now (trainer.per_device_train_batch_size x trainer."),
+        (of(seed=3, data_seed=5), "data seed 3 then and 5 now (trainer.data_seed, or else trainer.seed)"),
+        (of(ramp, seed=3), "order random then and of a batch_ramp now (schedule.batch_ramp, trainer.train_sampling"),
+        (of(seed=3, train_sampling_strategy="sequential"), "order random then and sequential now (schedule"),
+    ):
+        (found,) = reordered(whole, changed)
+        assert found.startswith(words), found
+        assert differences(whole, changed) == [] == reordered({}, changed)
 
 
 def test_streams(tmp_path):

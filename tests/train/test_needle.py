@@ -76,6 +76,9 @@ def test_the_command(tmp_path, capsys):
         needle.main([*command, "300"])
     needle.main([*command, "300", "--beyond"])
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "model").config.max_position_embeddings == 200
+    for output in (tmp_path / "nowhere" / "x.json", tmp_path):  # before the model is looked for
+        with pytest.raises(SystemExit, match=f"error: --output '{output}' cannot be written: it must be a file in an"):
+            needle.main(["--model", "./absent", "--lengths", "150", "--output", str(output)])
     with pytest.raises(SystemExit, match="'./absent' is not a folder"):
         needle.main(["--model", "./absent", "--lengths", "150"])
 

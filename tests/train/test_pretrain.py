@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, TrainingArguments, pipeline
+from transformers.integrations import integration_utils
 
 from tests.small_run import small_tokenizer, text
 from train import pretrain
@@ -49,6 +50,32 @@ def test_continuing_from_a_checkpoint(tiny_recipe, tmp_path):
     )
     second.model.config, second.model.overrides, second.model.checkpoint = None, {}, str(tmp_path / "run")
     assert pretrain.run(second)["eval_loss"] < first["eval_loss"]
+
+
+@pytest.mark.parametrize("tracker", ["wandb", "trackio"])
+def test_a_tracker_that_is_not_installed(tracker, tiny_recipe, tmp_path, monkeypatch):
+    """Said before anything is read."""
+    monkeypatch.setattr(integration_utils, f"is_{tracker}_available", lambda: False)
+    recipe = tiny_recipe(trainer={"report_to": ["tensorboard", tracker]}, data={"source": str(tmp_path / "nowhere")})
+    message = pretrain.problem(pretrain.run, recipe)
+    assert message.startswith(f"error: trainer.report_to=['tensorboard', '{tracker}'] is not possible: ")
+    assert f"pip install {tracker}" in message and "\n" not in message
+    recipe.trainer["report_to"] = ["tensorbored"]
+    assert "tensorbored is not supported, only" in pretrain.problem(pretrain.run, recipe)
+
+
+def test_deepspeed_that_is_not_installed(tiny_recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrain, "is_deepspeed_available", lambda: False)
+    recipe = tiny_recipe(data={"source": str(tmp_path / "nowhere")})
+    with monkeypatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+        with pytest.raises(SystemExit) as caught:
+            pretrain.launch(pretrain.run, recipe)
+    message = str(caught.value)
+    assert message.startswith("error: the launch file (ACCELERATE_USE_DEEPSPEED) asks for DeepSpeed, which is not inst")
+    assert "pip install -e '.[zero]'" in message and "\n" not in message
+    recipe.trainer["deepspeed"] = {"zero_optimization": {"stage": 3}}
+    assert pretrain.problem(pretrain.run, recipe).startswith("error: trainer.deepspeed asks for DeepSpeed, which is")
 
 
 def test_two_gpus_in_one_process_are_refused(tiny_recipe, tmp_path, monkeypatch):

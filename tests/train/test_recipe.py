@@ -1,8 +1,13 @@
 """Recipes: strict fields, overrides, and errors that name the place."""
 
-import pytest
+import dataclasses
+import re
 
-from train.recipe import REPOSITORY, FinetuneRecipe, Recipe, load_recipe
+import pytest
+from transformers import TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
+
+from train.recipe import ONLY, ONLY_OF_ACCELERATOR, OURS, REPOSITORY, FinetuneRecipe, Recipe, load_recipe
 
 GOOD = """
 output_dir: out
@@ -85,6 +90,31 @@ def test_numbers_that_yaml_reads_as_text(tmp_path):
         ("trainer.gradient_accumulation_steps=0", ["gradient_accumulation_steps=0", "above 0"]),
         ("trainer.logging_steps=abc", ["trainer.logging_steps='abc'", "valid number"]),
         ("trainer.label_smoothing_factor=0.1", ["label_smoothing_factor=0.1 is not possible, only 0.0", "not shifted"]),
+        ("trainer.weight_decay=0.1", ["trainer.weight_decay is set by the recipe's field optimizer.weight_decay"]),
+        ("trainer.adam_beta1=0.8", ["trainer.adam_beta1 is set by the recipe's field optimizer.betas"]),
+        ("trainer.adam_beta2=0.8", ["trainer.adam_beta2 is set by the recipe's field optimizer.betas"]),
+        ("trainer.adam_epsilon=1e-6", ["trainer.adam_epsilon is set by the recipe's field optimizer.eps"]),
+        ("trainer.optim_args=x", ["trainer.optim_args is set by the recipe's field optimizer"]),
+        ("trainer.optim_target_modules=x", ["trainer.optim_target_modules is set by the recipe's field optimizer"]),
+        ("trainer.lr_scheduler_kwargs={}", ["trainer.lr_scheduler_kwargs is set by the recipe's field schedule"]),
+        ("trainer.bf16_full_eval=true", ["trainer.bf16_full_eval is set by the recipe's field precision"]),
+        ("trainer.ignore_data_skip=true", ["ignore_data_skip=True is not possible, only False: a resume"]),
+        ("trainer.auto_find_batch_size=true", ["auto_find_batch_size=True is not possible, only False"]),
+        (
+            "trainer.eval_accumulation_steps=2",
+            ["eval_accumulation_steps=2 is not possible, only None", "no predictions"],
+        ),
+        ("trainer.use_liger_kernel=true", ["use_liger_kernel=True is not possible, only False", "no kernels"]),
+        ("trainer.do_train=false", ["do_train=False is not possible, only True", "train.evaluate"]),
+        ("trainer.accelerator_config=a.json", ["accelerator_config='a.json' is not possible", "no file"]),
+        (
+            "trainer.accelerator_config={use_seedable_sampler: false}",
+            ["trainer.accelerator_config.use_seedable_sampler=False is not possible, only True", "find the order"],
+        ),
+        (
+            "trainer.accelerator_config={split_batches: true}",
+            ["trainer.accelerator_config.split_batches=True is not possible, only False", "of one process"],
+        ),
         ("trainer.average_tokens_across_devices=false", ["devices=False is not possible, only True", "add up"]),
         ("optimizer.betas=[2, 3]", ["optimizer.betas.0", "less than 1"]),
         ("optimizer.matrix_lr=.inf", ["optimizer.matrix_lr", "finite number"]),
@@ -98,6 +128,23 @@ def test_mistakes_are_named(recipe_file, override, words):
         load_recipe(recipe_file, [override])
     for word in words:
         assert word in str(error.value), str(error.value)
+
+
+def test_what_is_refused_of_transformers_is_there():
+    """Trainer's fields of its optimizer and schedule are all refused, and what is told apart has its default allowed,
+    but for what a run does anyway."""
+    fields = {field.name: field for field in dataclasses.fields(TrainingArguments)}
+    trains = re.compile("optim|adam_|learning_rate|lr_scheduler|weight_decay|warmup")
+    assert {name for name in fields if trains.match(name)} <= OURS.keys()
+    for name in ONLY.keys() & fields.keys() - {"do_train", "do_eval", "label_names"}:
+        default = fields[name].default
+        assert ONLY[name][0] == (fields[name].default_factory() if default is dataclasses.MISSING else default), name
+    assert (
+        ONLY_OF_ACCELERATOR.items()
+        == {
+            name: (getattr(AcceleratorConfig(), name), reason) for name, (_, reason) in ONLY_OF_ACCELERATOR.items()
+        }.items()
+    )
 
 
 def test_unreadable_recipes(tmp_path):

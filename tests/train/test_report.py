@@ -61,6 +61,22 @@ def test_a_run_that_was_cut_off(tmp_path):
     assert set(pictures((tmp_path / "report.html").read_text())) == {"losses", "loads over time", "at the end"}
 
 
+@pytest.mark.parametrize(
+    "state, words",
+    [
+        ('{"global_step": 3}', "it has no log_history"),
+        ("{}", "it has no global_step, log_history"),
+        ("[]", "it has no fields"),
+        ('{"global_', "Unterminated string"),
+    ],
+)
+def test_a_state_that_is_damaged(state, words, tmp_path):
+    (tmp_path / "trainer_state.json").write_text(state)
+    with pytest.raises(SystemExit, match=f"error: '{tmp_path}/trainer_state.json' is damaged: {words}") as caught:
+        main([str(tmp_path)])
+    assert "\n" not in str(caught.value)
+
+
 def test_heat_maps_by_numbers():
     assert shares([[3, 1], [0, 0]]).tolist() == [[1.5, 0.5], [0, 0]]
     assert edges([1, 3, 7]).tolist() == [0, 2, 5, 9] and edges([4]).tolist() == [3.5, 4.5]

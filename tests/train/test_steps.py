@@ -21,6 +21,7 @@ from train import data, pretrain, steps, streams
 from train import trainer as trainer_module
 from train.checkpointing import STAGE, last_good_checkpoint
 from train.data import load_documents, pack
+from train.fingerprint import ORDER
 from train.recipe import BatchRampSection, ScheduleSection
 from train.steps import StepPlan
 from train.streams import RepeatedRows
@@ -187,6 +188,23 @@ def test_steps_grow_by_tokens(streamed):
     assert same(fixed, whole) and not same(fixed, ramped[:3])
 
 
+def test_a_ramp_that_is_taken_away(streamed, tmp_path):
+    """The rows would come in another order; a checkpoint from before that was kept has its position to tell it by."""
+    recipe = streamed("ramped", RAMP, max_steps=2)
+    recipe.data.streaming, recipe.data.fim_rate = False, 0.0
+    pretrain.run(recipe)
+    checkpoint = tmp_path / "ramped" / "checkpoint-2"
+    recipe.schedule.batch_ramp, recipe.trainer["max_steps"] = None, 3
+    with pytest.raises(OSError, match=r"order of a batch_ramp then and random now \(schedule.batch_ramp, .* values"):
+        pretrain.run(recipe)
+    kept = json.loads((checkpoint / "training_data.json").read_text())
+    (checkpoint / "training_data.json").write_text(json.dumps({n: v for n, v in kept.items() if n not in ORDER}))
+    with pytest.raises(
+        OSError, match="has a data_position.json: its run streamed its data or had a schedule.batch_ramp"
+    ):
+        pretrain.run(recipe)
+
+
 def test_a_ramp_over_packed_rows(streamed):
     """Data that is packed beforehand grows its steps too, over the same rows again and again."""
     recipe = streamed("packed", RAMP, max_steps=2)
@@ -244,7 +262,12 @@ def test_schedules_that_cannot_be(schedule, words):
 
 @pytest.mark.parametrize(
     "trainer, words",
-    [({"max_steps": -1}, "data.streaming needs trainer.max_steps"), ({"dataloader_num_workers": 2}, "must be 0")],
+    [
+        ({"max_steps": -1}, "data.streaming needs trainer.max_steps"),
+        ({"dataloader_num_workers": 2}, "must be 0"),
+        ({"data_seed": 5}, "trainer.data_seed=5 is not honoured with data.streaming, whose order is by trainer.seed"),
+        ({"train_sampling_strategy": "sequential"}, "strategy='sequential' is not honoured with data.streaming"),
+    ],
 )
 def test_streams_that_cannot_be(trainer, words, streamed):
     with pytest.raises(ValueError, match=words):

@@ -85,6 +85,26 @@ def test_evaluation_is_exact(tiny_recipe):
     assert metrics["eval_bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-6)
 
 
+@pytest.mark.parametrize("quiet", [True, False])
+def test_bars_are_shown_unless_disabled(quiet, tiny_recipe, capfd):
+    """The lines of the log always, and only those."""
+    recipe = tiny_recipe(trainer={"disable_tqdm": quiet, "report_to": [], "eval_strategy": "steps", "eval_steps": 2})
+    trainer = build(recipe)
+    capfd.readouterr()  # packing has bars of its own
+    trainer.train()
+    told, bars = capfd.readouterr()
+    lines = [line for line in told.splitlines() if line.startswith("step ")]
+    assert sum("loss" in line for line in lines) >= 6 and "{'" not in told + bars
+    assert ("/6 [" in bars) != quiet, bars
+
+
+def test_a_sequence_fills_its_last_step_too(tiny_recipe):
+    """As a mixed epoch does, so that every number of processes takes the same rows."""
+    trainer = build(tiny_recipe(trainer={"train_sampling_strategy": "sequential", "gradient_accumulation_steps": 2}))
+    trainer.train_dataset = trainer.train_dataset.select(range(13))
+    assert list(trainer._get_train_sampler()) == [*range(13), 0, 1, 2]
+
+
 def test_evaluation_moves_no_bias_and_counts_nothing(tiny_recipe):
     trainer = build(tiny_recipe(trainer={"report_to": []}))
     trainer.evaluate()
