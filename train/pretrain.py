@@ -38,6 +38,7 @@ from .report import METRICS, SUMMARY, plot_losses, write_report
 from .streams import RepeatedRows, RowStream, StreamedRows, first_documents, read, stream_documents
 from .tokenizer import train_tokenizer
 from .trainer import NanoDeepSeekTrainer
+from .zero3 import whole_models
 
 
 def training_arguments(recipe: Recipe, kind: type[TrainingArguments] = TrainingArguments, **more) -> TrainingArguments:
@@ -171,7 +172,8 @@ def load_model(recipe: Recipe, tokenizer) -> NanoDeepSeekForCausalLM:
     if recipe.model.checkpoint is not None:
         folder = checkpoint_of(recipe)
         longer = {} if recipe.model.context is None else {"config": extended(folder, recipe.model.context)}
-        model = NanoDeepSeekForCausalLM.from_pretrained(folder, **longer, dtype=torch.float32)
+        with whole_models():
+            model = NanoDeepSeekForCausalLM.from_pretrained(folder, **longer, dtype=torch.float32)
     else:
         ids = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
         model = build_model(recipe.model.config, recipe.model.variant, **ids | recipe.model.overrides)

@@ -5,16 +5,34 @@ DeepSpeed is imported where it is used: a run without it needs none.
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.modules.module import _IncompatibleKeys
+from transformers.integrations import deepspeed as integration
 
 from modeling_nanodeepseek.stacking import shape_of
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@contextmanager
+def whole_models():
+    """Within it from_pretrained reads a whole model in each process, as the launch file's zero3_init_flag says.
+
+    transformers would have it made in parts at once, and those wait for processes whose turn to load comes later.
+    """
+    reference = integration._hf_deepspeed_config_weak_ref
+    settings = reference() if reference is not None else None
+    integration.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if settings is not None:
+            integration.set_hf_deepspeed_config(settings)
 
 
 def is_shared(parameter: nn.Parameter) -> bool:

@@ -58,10 +58,13 @@ def run(launch_file: str, recipe, folder, program=("-m", "train.pretrain"), worl
 
 @pytest.fixture
 def build(tiny_recipe, tmp_path):
-    def build(name: str, precision: str = "fp32", **more):
+    def build(name: str, precision: str = "fp32", checkpoint=None, **more):
         trainer = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "logging_steps": 1, "use_cpu": True}
         trainer |= {"per_device_train_batch_size": 2, "report_to": []} | more
-        settings = {"model": {"config": "small", "overrides": MODEL}, "optimizer": {"name": "adamw", "matrix_lr": 3e-3}}
+        model = {"config": "small", "overrides": MODEL}
+        if checkpoint:
+            model = {"config": None, "overrides": {}, "checkpoint": str(checkpoint)}
+        settings = {"model": model, "optimizer": {"name": "adamw", "matrix_lr": 3e-3}}
         return tiny_recipe(output_dir=str(tmp_path / name), precision=precision, trainer=trainer, **settings)
 
     return build
@@ -115,6 +118,16 @@ def test_zero3_is_ddp_and_each_goes_on_from_the_other(build, tmp_path):
         further = result(tmp_path / name)
         assert_same(expected, further, 1e-5)
         assert_same(found, further, 0.0 if (source, file, world) == itself else 1e-5)
+
+
+def test_from_the_weights_of_another_run(build, tmp_path):
+    """Which all processes read whole, one after the other."""
+    done = run("single", build("first", max_steps=1), tmp_path, world=1)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for file in ("ddp", "zero3"):
+        done = run(file, build(file, checkpoint=tmp_path / "first"), tmp_path)
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert_same(result(tmp_path / "ddp"), result(tmp_path / "zero3"), 1e-5)
 
 
 def test_a_resume_in_bf16_has_the_weights_that_are_stepped(build, tmp_path):
