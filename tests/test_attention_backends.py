@@ -64,6 +64,7 @@ LAYOUTS = {
 
 
 @functools.cache
+@torch.enable_grad()
 def reference(kind: str) -> tuple[list[torch.Tensor], list[dict[str, torch.Tensor]]]:
     """Logits of each document alone and the gradients of its probe."""
     model = use_backend(double_model(REFERENCES.get(kind, kind)), "eager")
