@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
@@ -110,6 +111,13 @@ def checkpoint_activations(model, **settings):
     """Gradient checkpointing under the name this release of transformers gives it."""
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable(settings or None)
+
+
+@pytest.fixture(autouse=True)
+def no_report(request, monkeypatch):
+    """Of runs in this process only those of tests marked `report` draw the pictures of one."""
+    if "report" not in request.keywords and "train.pretrain" in sys.modules:
+        monkeypatch.setattr(sys.modules["train.pretrain"], "write_report", lambda folder: "none in tests")
 
 
 @pytest.fixture(autouse=True)

@@ -17,6 +17,7 @@ def pictures(page: str) -> dict[str, str]:
     return {name: base64.b64decode(data).decode() for name, data in found}
 
 
+@pytest.mark.report
 def test_a_run_ends_with_a_report(tiny_recipe, tmp_path):
     recipe = tiny_recipe(
         model={"config": "small", "overrides": TINY_MODEL | SPARSE},
