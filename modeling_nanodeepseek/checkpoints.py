@@ -206,7 +206,7 @@ class CheckpointMixin:
             model, state_dict, checkpoint_files, load_config, *args, **kwargs
         )
         if model._hf_peft_config_loaded:  # an adapter's, for a model that is there: it has none of the model's weights
-            if problems := adapter_problems(loaded[0]):
+            if problems := adapter_problems(model, loaded[0]):
                 raise CheckpointError(f"the adapter is incomplete, or another model's: {listed(problems)}")
             return loaded
         if whole:
@@ -359,11 +359,13 @@ def shape_problems(model: PreTrainedModel, shapes: Shapes) -> list[str]:
     return problems
 
 
-def adapter_problems(info) -> list[str]:
-    """What transformers found wrong about an adapter that it put into a model."""
-    absent, strange = (
-        sorted(name for name in names if "lora_" in name) for names in (info.missing_keys, info.unexpected_keys)
-    )
+def adapter_problems(model: PreTrainedModel, info) -> list[str]:
+    """What transformers found wrong about an adapter that it put into a model, the last of those there."""
+    latest, depth = list(model.peft_config)[-1], model.config.num_hidden_layers + model.config.num_nextn_predict_layers
+    absent = sorted(name for name in info.missing_keys if "lora_" in name and f".{latest}." in f"{name}.")
+    # Of modules of multi-token prediction that the model was loaded without there is nothing to adapt.
+    beyond = {name for name in info.unexpected_keys if (layer := LAYER.search(name)) and int(layer[1]) >= depth}
+    strange = sorted(name for name in set(info.unexpected_keys) - beyond if "lora_" in name)
     problems = [f"it lacks {listed(absent)}"] if absent else []
     problems += [f"the model has no place for {listed(strange)}"] if strange else []
     return problems + [
@@ -376,7 +378,8 @@ def loading_problems(model: PreTrainedModel, info, shapes: Shapes) -> list[str]:
     prefix = f"{model.base_model_prefix}."
     # A folder of another class may lack this one's head and have its own. The config of a published one names no class
     # of ours; it holds a whole model if its names are that of one.
-    whole = any(name.startswith(prefix) for name in shapes)
+    heads = {name.split(".")[0] for name in shapes if not name.startswith(prefix)}
+    whole = any(name.startswith(prefix) for name in shapes) and heads <= {"lm_head"}
     classes = model.config.architectures or (["NanoDeepSeekForCausalLM"] if whole else [])
     other = type(model).__name__ not in classes
     missing = set(info.missing_keys) - set(model.all_tied_weights_keys)

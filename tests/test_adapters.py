@@ -287,6 +287,22 @@ def test_half_an_adapter_is_refused(tmp_path):
             AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
 
 
+def test_adapters_beside_each_other_and_without_the_modules(tmp_path):
+    """A second one on a model that has one; and of a model that was loaded without multi-token prediction the rest."""
+    tiny_model(num_nextn_predict_layers=1).save_pretrained(tmp_path / "base")
+    for name in ("one", "two"):
+        torch.manual_seed(ord(name[0]))
+        adapted(AutoModelForCausalLM.from_pretrained(tmp_path / "base")).save_pretrained(tmp_path / name)
+    ids, both = tokens(), AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
+    for name in ("one", "two"):
+        both.load_adapter(str(tmp_path / name), adapter_name=name)
+        both.set_adapter(name)
+        alone = AutoModelForCausalLM.from_pretrained(tmp_path / name).eval()
+        assert_same(alone(ids).logits, both(ids).logits)
+        less = AutoModelForCausalLM.from_pretrained(tmp_path / name, num_nextn_predict_layers=0).eval()
+        assert_same(alone(ids).logits, less(ids).logits)
+
+
 @pytest.mark.parametrize("change, message", [
     ({"r": 7}, r"lora_A.default.weight is \[3, 40\], not \[7, 40\]"),
     ({"target_parameters": None}, "the model has no place for .*experts.*lora_"),

@@ -25,11 +25,10 @@ from .plain_text import PlainText
 from .tokenizer import CHAT_TEMPLATE, ROLE_MARKERS
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-# What would change the text or what is learned of it, and is not supported; other fields of a message say something
-# about it, and are left aside.
-UNSUPPORTED = (
-    "tool_calls", "tool_call_id", "function_call", "reasoning_content", "reasoning", "thinking", "weight", "train",
-)  # fmt: skip
+# Fields of a message that would change the text or what is learned of it, and are not supported; and values that would
+# not. Other fields say something about it, and are left aside.
+UNSUPPORTED = dict.fromkeys(("tool_calls", "tool_call_id", "function_call", "reasoning_content", "reasoning"), ())
+UNSUPPORTED |= {"thinking": (False,), "weight": (1,), "train": (True,)}
 CONVERSATION = Features(
     {"name": Value("string"), "messages": List({"role": Value("string"), "content": Value("string")})}
 )
@@ -112,11 +111,11 @@ def _messages(messages: Any, name: str) -> list[dict[str, str]]:
             raise ValueError(f"conversation {name}: unknown role {role!r}; it must be one of {', '.join(ROLES)}")
         if not isinstance(content, str):
             raise ValueError(f"conversation {name}: the {role}'s content must be text, and is {content!r:.80}")
-        for field in UNSUPPORTED:
-            if _says(message.get(field)):
+        for field, harmless in UNSUPPORTED.items():
+            if _says(message.get(field)) and message[field] not in harmless:
                 raise ValueError(
                     f"conversation {name}: the {role}'s message has {field}={message[field]!r:.80}, which is not "
-                    "supported: only role and content are read. Write it into content, or leave it out"
+                    "supported: only role and content are read. Leave it out, or write into content what it says"
                 )
     if not any(m["role"] == "assistant" and m["content"] for m in messages):
         raise ValueError(f"conversation {name}: there is nothing to learn, because the assistant says nothing")

@@ -44,10 +44,10 @@ DATA = "training_data.json"
 WHOLE, FULL, SHARDED, DEEPSPEED = "whole", "full", "sharded", "deepspeed"
 OPTIMIZERS = {WHOLE: "optimizer.pt", FULL: "optimizer.bin", SHARDED: "optimizer_0", DEEPSPEED: "global_step*"}
 NAMES = {
-    WHOLE: "a run without DeepSpeed or FSDP's own format",
+    WHOLE: "a run with whole checkpoints",
     FULL: "a run of adapters under FSDP",
     SHARDED: "a run under FSDP with SHARDED_STATE_DICT",
-    DEEPSPEED: "a run under DeepSpeed",
+    DEEPSPEED: "a run of stages 1 and 2 or adapters under DeepSpeed",
 }
 SAMPLED = ("random", "sequential")  # strategies whose order a resume finds again
 FROM_WEIGHTS = "to start a new run from its weights give it as model.checkpoint"
@@ -275,6 +275,10 @@ class AtomicCheckpoints:
             weights = zero3.whole_weights(self.model, keep=self.args.should_save)
             if self.args.should_save:
                 self._save(folder, state_dict=weights)
+        elif self._by_zero3 and self.model_wrapped is self.model:  # a run that was over: nothing is shared
+            if self.args.should_save:
+                with replacing(folder) as stage:
+                    self._save(str(stage))
         # A checkpoint is a stage already; with DeepSpeed all ranks write.
         elif self._staging or not self.args.should_save or self.is_deepspeed_enabled:
             super().save_model(folder, _internal_call=True)

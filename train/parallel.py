@@ -50,10 +50,10 @@ def settle_fsdp2(trainer: Trainer):
         )
     for setting, way in (
         ("activation_checkpointing", "set it to false, and trainer.gradient_checkpointing=true in the recipe"),
-        ("cpu_ram_efficient_loading", "set it to false"),
+        ("cpu_ram_efficient_loading", "set it to false there, since accelerate takes it for true"),
     ):
         if getattr(plugin, setting):
-            raise ValueError(f"fsdp_{setting}: true in the launch file is not possible: {way}")
+            raise ValueError(f"fsdp_{setting}: true, by the launch file, is not possible: {way}")
     strategy, at_start = args.eval_strategy.value, args.eval_on_start
     predicts, evaluates = trainer.model.config.num_nextn_predict_layers, strategy != "no" or at_start
     if predicts and evaluates and Version(torch.__version__) < Version("2.13"):

@@ -336,7 +336,8 @@ def run(recipe: Recipe, build: Callable | None = None, after: Callable | None = 
     metrics["seconds"] = round(time.perf_counter() - begin, 1)
     if trainer.is_world_process_zero():
         finish(recipe, trainer, metrics)
-        (after or speak)(recipe, trainer)
+        with whole_models():  # in this process alone
+            (after or speak)(recipe, trainer)
         print(json.dumps(metrics))
     if trainer.args.push_to_hub:
         trainer.push_to_hub()

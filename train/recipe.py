@@ -414,7 +414,7 @@ class Recipe(Section):
                 raise ValueError(f"trainer.{key}={value!r} is not possible: give the fields themselves, no file")
             given += [(ONLY_OF_ACCELERATOR, f"trainer.{key}.{name}", name, part) for name, part in value.items()]
         for table, field, name, found in given:
-            if name in table and found != table[name][0]:
+            if name in table and found is not None and found != table[name][0]:  # None: as if it were not given
                 only, reason = table[name]
                 raise ValueError(f"{field}={found!r} is not possible, only {only!r}: {reason}")
         if key == "max_steps" and numeric and (value < -1 or value == 0):

@@ -120,13 +120,18 @@ def test_zero3_is_ddp_and_each_goes_on_from_the_other(build, tmp_path):
         assert_same(found, further, 0.0 if (source, file, world) == itself else 1e-5)
 
 
-def test_from_the_weights_of_another_run(build, tmp_path):
-    """Which all processes read whole, one after the other."""
+def test_from_the_weights_of_another_run_and_what_comes_after(build, tmp_path):
+    """All processes read weights whole, one after the other; one alone writes a text; a run that is over goes on to its
+    end."""
     done = run("single", build("first", max_steps=1), tmp_path, world=1)
     assert done.returncode == 0, done.stderr[-3000:]
     for file in ("ddp", "zero3"):
         done = run(file, build(file, checkpoint=tmp_path / "first"), tmp_path)
         assert done.returncode == 0, done.stderr[-3000:]
+    assert_same(result(tmp_path / "ddp"), result(tmp_path / "zero3"), 1e-5)
+    again = build("zero3", checkpoint=tmp_path / "first", resume_from_checkpoint=True)
+    done = run("zero3", again.model_copy(update={"prompt": "w1 w2"}), tmp_path)
+    assert done.returncode == 0 and "w1 w2" in done.stdout, done.stderr[-3000:]
     assert_same(result(tmp_path / "ddp"), result(tmp_path / "zero3"), 1e-5)
 
 

@@ -239,9 +239,10 @@ def test_what_says_nothing_is_no_reason_to_refuse(tmp_path):
         tool_calls=None,
         reasoning_content="",
         call={"name": None, "arguments": []},
-        weight=None,
+        weight=1,
+        train=True,
+        thinking=False,
         toxic=False,
-        turn=3,
     )
     chat = load_conversations(rows(tmp_path / "a.jsonl", harmless, {"messages": [a(), empty], "tools": None}))
     assert chat["messages"] == [[a(), SAYS]] * 2

@@ -60,11 +60,11 @@ def test_checkpoints_in_parts_are_refused(fsdp2):
 
 @pytest.mark.parametrize("setting, way", [
     ("activation_checkpointing", "trainer.gradient_checkpointing=true in the recipe"),
-    ("cpu_ram_efficient_loading", "set it to false"),
+    ("cpu_ram_efficient_loading", "set it to false there"),
 ])  # fmt: skip
 def test_what_accelerate_would_do_wrong_is_refused(fsdp2, setting, way):
     setattr(fsdp2.accelerator.state.fsdp_plugin, setting, True)
-    with pytest.raises(ValueError, match=f"fsdp_{setting}: true in the launch file is not possible: .*{way}"):
+    with pytest.raises(ValueError, match=f"fsdp_{setting}: true, by the launch file, is not possible: .*{way}"):
         settle_fsdp2(fsdp2)
 
 
