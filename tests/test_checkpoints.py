@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from modeling_nanodeepseek import NanoDeepSeekForCausalLM
+from modeling_nanodeepseek import NanoDeepSeekForCausalLM, NanoDeepSeekForSequenceClassification
 from modeling_nanodeepseek.balancing import routers
 from modeling_nanodeepseek.checkpoints import register_conversions
 from modeling_nanodeepseek.remote_code import LICENSE, code_files
@@ -245,6 +245,17 @@ def empty_by_torch(model, folder):
     assert all(tensor.is_meta for tensor in (*empty.parameters(), *empty.buffers()))
     empty.to_empty(device="cpu").load_state_dict(model.state_dict())
     return empty
+
+
+def test_a_classifier_whose_config_names_no_class_lends_its_decoder(tmp_path):
+    """As published folders name none of ours, whose head is asked for: this one's own is another."""
+    classifier = NanoDeepSeekForSequenceClassification(tiny_config())
+    classifier.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != "architectures"}))
+    read = NanoDeepSeekForCausalLM.from_pretrained(tmp_path)
+    for name, tensor in classifier.model.state_dict().items():
+        assert torch.equal(tensor, read.model.state_dict()[name]), name
 
 
 def empty_by_accelerate(model, folder):

@@ -14,6 +14,8 @@ from accelerate.utils import gather_object
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from .zero3 import is_shared
+
 
 class NonFiniteError(RuntimeError):
     """A loss or a gradient is NaN or infinite."""
@@ -64,7 +66,7 @@ def heed_sigterm() -> Iterator[None]:
 
 def own_gradient(parameter: nn.Parameter) -> torch.Tensor | None:
     """The gradient; where processes share it (FSDP2, ZeRO-3), this one's part."""
-    if hasattr(parameter, "ds_id"):
+    if is_shared(parameter):
         from deepspeed.utils import safe_get_local_grad
 
         return safe_get_local_grad(parameter)

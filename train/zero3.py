@@ -36,19 +36,21 @@ def whole_models():
 
 
 def is_shared(parameter: nn.Parameter) -> bool:
+    """Whether processes hold parts of it; its own shape is then [0], and `shape_of` the whole one's."""
     return hasattr(parameter, "ds_id")
 
 
 def own_part(tensor: torch.Tensor, parameter: nn.Parameter) -> torch.Tensor:
-    """Of a whole tensor the flat piece that belongs here; the last is filled up with zeros."""
+    """Of a whole tensor (the parameter's shape) the flat piece that belongs here: [n], n the number of elements over
+    that of processes, rounded up. The last is filled up with zeros."""
     group, size = parameter.ds_process_group, parameter.ds_tensor.numel()
     flat = F.pad(tensor.flatten(), (0, size * dist.get_world_size(group) - tensor.numel()))
     return flat.narrow(0, size * dist.get_rank(group), size)
 
 
 def whole_weights(model: nn.Module, keep: bool) -> dict[str, torch.Tensor]:
-    """A state dict on the CPU, in fp32 where the optimizer steps fp32 copies; empty where it is not to be kept. Every
-    process must call."""
+    """A state dict of whole tensors on the CPU, in fp32 where the optimizer steps fp32 copies; empty where it is not to
+    be kept. Every process must call."""
     from deepspeed.runtime.zero import GatheredParameters
     from deepspeed.utils import safe_get_full_fp32_param
 
@@ -66,7 +68,8 @@ def whole_weights(model: nn.Module, keep: bool) -> dict[str, torch.Tensor]:
 
 
 def load_weights(model: nn.Module, weights: dict[str, torch.Tensor]) -> _IncompatibleKeys:
-    """As `load_state_dict(strict=False)`, from the same weights in every process. Raises: RuntimeError for shapes."""
+    """As `load_state_dict(strict=False)`, from the same whole weights in every process. Raises: RuntimeError for one of
+    another shape."""
     from deepspeed.runtime.zero import GatheredParameters
     from deepspeed.utils import safe_set_local_fp32_param
 
